@@ -8,6 +8,7 @@ is that of a pair. The table has medians. Cases:
 
 - write_micro, write_long: record a step's rollouts, 16 x 8 x 18 and 4 x 8 x 1,035 tokens; seconds and bytes of a step.
 - prompts: what a step of 16 x 8 asks of the tokenizer once its prompts have been seen.
+- save: for how long a save stops the training, in a run of micro that saves every second step.
 - step: a run of micro: seconds of a step, and of its waiting for the thread that writes rollouts.
 """
 
@@ -80,6 +81,20 @@ def encode_prompts() -> Figures:
     return {"seconds": statistics.median(timed(encode) for _ in range(15))}
 
 
+def save_micro() -> Figures:
+    """Seconds of the saves that are not the first or the last of a run."""
+    from npo_cli.config.loading import load_recipe
+    from npo_cli.training.train import train_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        recipe = load_recipe("micro", ["train.num_steps=12", "train.save_every=2", "eval.every=0"])
+        for _ in train_run(run, recipe):
+            pass
+        costs = [json.loads(line) for line in (run / "costs.jsonl").read_text().splitlines()]
+    return {"seconds": statistics.median([cost["seconds"] for cost in costs if cost["kind"] == "save"][1:-1])}
+
+
 def run_micro() -> Figures:
     """A run of 12 steps of the micro recipe: time of the steps, and of the waiting for files in them."""
     from npo_cli.config.loading import load_recipe
@@ -106,6 +121,7 @@ CASES: dict[str, Callable[[], Figures]] = {
     "write_micro": lambda: write_groups(16, 18, repeats=15),
     "write_long": lambda: write_groups(4, 1035, repeats=7),
     "prompts": encode_prompts,
+    "save": save_micro,
     "step": run_micro,
 }
 

@@ -335,6 +335,12 @@ class TrainSettings(Settings):
     logit_chunk_tokens: Count = Field(
         4096, description="Maximum response tokens whose logits are in memory at once.", json_schema_extra=IGNORED
     )
+    save_in_background: bool | None = Field(
+        None,
+        description="Write a checkpoint while the next step runs, from a copy in CPU memory (null: where the model is "
+        "on a GPU, or the copy takes at most 1 GB). Several processes never do.",
+        json_schema_extra=FREE | IGNORED,
+    )
     keep_full_checkpoints: int | None = Field(
         None,
         ge=1,

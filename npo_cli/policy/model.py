@@ -45,6 +45,7 @@ from npo_cli.policy.vision import Vision, choose_model_class, load_vision
 from npo_cli.policy.weights_io import (
     check_loaded_weights,
     check_weight_files,
+    copy_to_cpu,
     load_weights,
     tensors_digest,
 )
@@ -201,9 +202,15 @@ class Policy:
             tensors: dict[str, Tensor] | None = self.adapter_weights
         else:
             tensors = None if self.sharding is None else self.tensors
-        current_group().run_on_main(partial(self._write, folder, tensors), phase="save the weights")
+        current_group().run_on_main(partial(self.write_folder, folder, tensors), phase="save the weights")
 
-    def _write(self, folder: Path, tensors: dict[str, Tensor] | None) -> None:
+    def copy_saved_weights(self) -> dict[str, Tensor]:
+        """Copies of what `save` writes, for `write_folder` later; of weights that are not in shards."""
+        assert self.sharding is None, "sharded weights are saved by all ranks together"
+        return copy_to_cpu(self.tensors if self.adapters is None else self.adapter_weights)
+
+    def write_folder(self, folder: Path, tensors: dict[str, Tensor] | None) -> None:
+        """Write the folder with these weights, None: the current ones; safe in a thread while the model trains."""
         if self.adapters is not None:
             assert tensors is not None, "adapters are saved from their own tensors"
             save_adapters(tensors, self.adapters, folder)

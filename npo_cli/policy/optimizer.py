@@ -123,14 +123,27 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, st
     optimizer.safetensors holds moments by parameter name and random streams, state.json the rest, and sharded moments
     lie in one file per rank.
     """
+    moments = read_moments(model, optimizer)
+    shards = {name: value for name, value in moments.items() if is_shard(value)}
+    whole = {name: value.detach().cpu().contiguous() for name, value in moments.items() if name not in shards}
+    streams, scalars = encode_state(state)
+    write_state(folder, streams | whole, scalars)
+    if shards:
+        save_shards(folder, shards)
+
+
+def read_moments(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own tensors by `PARAMETER.KEY`."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def encode_state(state: TrainerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The random streams as tensors, and what state.json holds."""
     tensors, streams = read_random_state()
-    shards = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if is_shard(value):
-                shards[f"{name}.{key}"] = value
-            else:
-                tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
     scalars = {
         "step": state.step,
         "position": state.position,
@@ -140,13 +153,12 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, st
     }
     if state.replay_buffer is not None:
         scalars["replay_buffer"] = asdict(state.replay_buffer)
-    _write_state(folder, tensors, scalars)
-    if shards:
-        save_shards(folder, shards)
+    return tensors, scalars
 
 
 @on_main_rank
-def _write_state(folder: Path, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+def write_state(folder: Path, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+    """Write the files of a training state that is not in shards."""
     save_file(tensors, folder / STATE_FILE)
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 

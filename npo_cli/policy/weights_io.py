@@ -161,6 +161,18 @@ def copy_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> No
         own[name].copy_(tensor)
 
 
+def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in CPU memory; names that share a tensor share its copy."""
+    copies: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        key = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if key not in copies or not tensor.numel():
+            copies[key] = torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
+        found[name] = copies[key]
+    return found
+
+
 def weights_digest(model: PreTrainedModel) -> str:
     """sha256 of all tensors in name order: identifies the weights, whatever file they come from."""
     return tensors_digest(model.state_dict())

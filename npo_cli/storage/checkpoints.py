@@ -62,11 +62,14 @@ class Checkpoint:
 
 
 @contextmanager
-def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
+def create_checkpoint(
+    run: RunDir, branch: str, step: int, *, log_sizes: Mapping[Path, int] | None = None
+) -> Iterator[Path]:
     """Yield a hidden folder to save into; when the block ends well it becomes `step_000120`, else it is removed.
 
     A complete checkpoint of that name is never overwritten: the same weights saved again are dropped (a lost
-    training state is put back), other weights are an error. An incomplete one makes room.
+    training state is put back), other weights are an error. An incomplete one makes room. `log_sizes`: what
+    `measure_logs` found at the step, for a checkpoint that is written while the logs grow.
     """
     home = run.checkpoints_folder(branch)
     hidden = home / f".{format_step(step)}{PARTIAL_SUFFIX}"
@@ -74,7 +77,8 @@ def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
         _start_checkpoint(home, hidden)
         try:
             yield hidden
-            _finish_checkpoint(run, branch, step, hidden=hidden)
+            sizes = measure_logs(run, branch) if log_sizes is None else log_sizes
+            _finish_checkpoint(run, branch, step, hidden=hidden, log_sizes=sizes)
         finally:
             if current_group().is_main:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -90,15 +94,20 @@ def _start_checkpoint(home: Path, hidden: Path) -> None:
 
 
 @on_main_rank
-def _finish_checkpoint(run: RunDir, branch: str, step: int, *, hidden: Path) -> None:
-    write_manifests(hidden, branch=branch, step=step, logs=_seal_logs(run, branch))
+def _finish_checkpoint(run: RunDir, branch: str, step: int, *, hidden: Path, log_sizes: Mapping[Path, int]) -> None:
+    write_manifests(hidden, branch=branch, step=step, logs=_seal_logs(run, log_sizes))
     _publish(hidden, hidden.parent / format_step(step))
 
 
-def _seal_logs(run: RunDir, branch: str) -> dict[str, Any]:
-    """A checkpoint is never on the disk without the lines of the steps that led to it, and says how many these are."""
+def measure_logs(run: RunDir, branch: str) -> dict[Path, int]:
+    """Bytes of each log that holds the steps which lead to the branch's newest one."""
     paths = (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch), costs_path(run))
-    heads = {path.relative_to(run.root).as_posix(): seal_log(path) for path in (*paths, run.segments_path)}
+    return {path: path.stat().st_size if path.exists() else 0 for path in (*paths, run.segments_path)}
+
+
+def _seal_logs(run: RunDir, log_sizes: Mapping[Path, int]) -> dict[str, Any]:
+    """A checkpoint is never on the disk without the lines of the steps that led to it, and says how many these are."""
+    heads = {path.relative_to(run.root).as_posix(): seal_log(path, size=size) for path, size in log_sizes.items()}
     return {name: encode_head(head) for name, head in heads.items() if head.lines}
 
 

@@ -133,24 +133,28 @@ def start_log(path: Path) -> None:
 
 
 @on_main_rank
-def seal_log(path: Path) -> LogHead:
+def seal_log(path: Path, *, size: int | None = None) -> LogHead:
     """Force a log down to the disk and count its whole lines in its head, which is returned.
 
-    A log that is shorter than its head keeps it: that is damage, which stays reported.
+    A log that is shorter than its head keeps it: that is damage, which stays reported. `size`: lines after these bytes
+    are not counted, for a log that grows meanwhile.
     """
     head = read_head(path)
-    if not path.exists() or path.stat().st_size <= head.size:
+    end = path.stat().st_size if path.exists() else 0
+    end = end if size is None else min(end, size)
+    if end <= head.size:
         return head
-    lines, size, crc32 = head.lines, head.size, head.crc32
+    lines, found, crc32 = head.lines, head.size, head.crc32
     with explain_write_error(path):
         with path.open("rb") as file:
-            file.seek(size)
+            file.seek(found)
             for line in file:
-                if line.endswith(b"\n"):
-                    lines, size, crc32 = lines + 1, size + len(line), zlib.crc32(line, crc32)
+                if not line.endswith(b"\n") or found + len(line) > end:
+                    break
+                lines, found, crc32 = lines + 1, found + len(line), zlib.crc32(line, crc32)
         sync_path(path)
-    if size > head.size:
-        head = replace(head, lines=lines, size=size, crc32=crc32)
+    if found > head.size:
+        head = replace(head, lines=lines, size=found, crc32=crc32)
         write_json_atomic(head_path(path), encode_head(head))
     return head
 

@@ -34,7 +34,7 @@ from npo_cli.session.startup import charge_startup, measure_startup
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.training.checkpointing import save_checkpoint
+from npo_cli.training.checkpointing import CheckpointSaver
 from npo_cli.training.evaluate import evaluate_policy
 from npo_cli.training.update import Updater, UpdateReport, build_training_samples
 from npo_cli.types.autonpo import FailedPrompt
@@ -85,12 +85,16 @@ def grpo_steps(
     session, branch, settings = trainer.session, trainer.branch, trainer.session.recipe.train
     updater = Updater(session.policy, trainer.optimizer, session.recipe, reference=trainer.reference)
     last = settings.num_steps if until is None else until
+    saver = CheckpointSaver(
+        session, trainer.optimizer, branch=branch, reads_checkpoints=trainer.online_guide is not None
+    )
     # Sampled ahead beyond the last step too: train.num_steps may be raised later.
-    with open_queue(trainer, state, last_step=last + settings.staleness) as queue:
+    with closing(saver), open_queue(trainer, state, last_step=last + settings.staleness) as queue:
         if queue is not None:
             charge_startup(session.run, branch=branch, step=state.step)
         while state.step < last:
             state, report, warning = run_step(trainer, updater, state, queue)
+            yield from saver.finish()
             yield report
             if warning:
                 yield Notice(message=warning, level="warning")
@@ -100,11 +104,12 @@ def grpo_steps(
                 yield evaluate_policy(session, branch=branch, step=state.step)
             # A signal that arrives from here on stops the next step.
             stopping, pausing = bool(stop), should_pause(report)
-            if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
-                if queue is not None:
-                    queue.record_ahead(state.step)
-                yield save_checkpoint(session, trainer.optimizer, state, branch=branch)
+            is_end = state.step == last or stopping or pausing
+            if state.step % settings.save_every == 0 or is_end:
+                start_save(saver, queue, state)
                 stopping = stopping or bool(stop)
+                if is_end or stopping or not saver.in_background:
+                    yield from saver.finish()
             if stopping:
                 append_event(session.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
                 raise StoppedEarly(
@@ -113,6 +118,13 @@ def grpo_steps(
                 )
             if pausing:
                 return
+
+
+def start_save(saver: CheckpointSaver, queue: RolloutQueue | None, state: TrainerState) -> None:
+    """Begin to save a step, after the rollouts that were sampled ahead of it."""
+    if queue is not None:
+        queue.record_ahead(state.step)
+    saver.start(state)
 
 
 @contextmanager
