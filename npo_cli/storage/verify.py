@@ -47,8 +47,8 @@ from npo_cli.types.views import Damage, VerifiedRun
 
 INDISPENSABLE = ("segments", "autonpo", "metrics", "rollouts")
 """Logs that training continues from."""
-Check = tuple[str, Callable[[], object]]
-"""What can be restored if the reader fails (empty: what its error says), and the reader."""
+Check = tuple[Callable[[], str] | None, Callable[[], object]]
+"""What can be restored if the reader fails (None: what its error says), and the reader."""
 
 
 def verify_run(root: Path) -> Iterator[Damage | VerifiedRun]:
@@ -63,7 +63,7 @@ def verify_run(root: Path) -> Iterator[Damage | VerifiedRun]:
             # Several readers meet the same damage.
             if error.message not in messages:
                 messages.add(error.message)
-                yield Damage(message=error.message, restore=restore or error.hint)
+                yield Damage(message=error.message, restore=restore() if restore else error.hint)
     yield VerifiedRun(
         run=str(root),
         num_damages=len(messages),
@@ -75,22 +75,22 @@ def verify_run(root: Path) -> Iterator[Damage | VerifiedRun]:
 def list_checks(run: RunDir) -> Iterator[Check]:
     """Logs before their records, and both before what is made of them."""
     for path in run.list_logs():
-        yield describe_restore(run, path), partial(check_log, path)
-        yield "", JsonlLog(path).iter_rows
+        yield partial(describe_restore, run, path), partial(check_log, path)
+        yield None, JsonlLog(path).iter_rows
     for read in (read_segments, read_evals, read_prompt_results, read_cost_lines, read_transitions, read_events):
-        yield "", partial(read, run)
+        yield None, partial(read, run)
     for branch in (folder.name for folder in list_folders(run.branches_folder)):
-        yield "", partial(check_listed, run, branch)
-        yield "", partial(run.read_recipe, branch)
+        yield None, partial(check_listed, run, branch)
+        yield None, partial(run.read_recipe, branch)
         for read in (read_metrics, read_timings):
-            yield "", partial(read, run, branch)
-        yield "", RolloutLog(run.rollouts_path(branch)).iter_groups
+            yield None, partial(read, run, branch)
+        yield None, RolloutLog(run.rollouts_path(branch)).iter_groups
         yield from list_checkpoint_checks(run, branch)
-    yield "", run.read_recipe
+    yield None, run.read_recipe
     yield from list_store_checks(run, run)
     for folder in list_folders(run.calibrations_folder):
-        yield "", partial(check_settings, folder)
-        yield "", Calibration(folder).read_replays
+        yield None, partial(check_settings, folder)
+        yield None, Calibration(folder).read_replays
         yield from list_store_checks(run, RunDir(folder))
 
 
@@ -103,11 +103,11 @@ def check_listed(run: RunDir, branch: str) -> None:
 def list_checkpoint_checks(run: RunDir, branch: str) -> Iterator[Check]:
     """Every byte of the branch's checkpoints, and of the logs as they were when each was saved."""
     for folder in list_step_folders(run, branch):
-        restore = describe_checkpoint_restore(run, branch, folder)
+        restore = partial(describe_checkpoint_restore, run, branch, folder)
         yield restore, partial(check_checkpoint, branch, folder)
     for folder in filter(is_complete, list_step_folders(run, branch)):
         for name, head in read_recorded_logs(folder).items():
-            yield describe_restore(run, run.root / name), partial(check_log, run.root / name, head)
+            yield partial(describe_restore, run, run.root / name), partial(check_log, run.root / name, head)
 
 
 def check_checkpoint(branch: str, folder: Path) -> None:
@@ -125,14 +125,14 @@ def check_checkpoint(branch: str, folder: Path) -> None:
 def list_store_checks(run: RunDir, artifacts: RunDir) -> Iterator[Check]:
     """Guide caches, scorings and probes of the run, or of one of its calibrations."""
     for folder in list_folders(artifacts.guides_folder):
-        yield describe_restore(run, folder / "rollouts.jsonl"), partial(check_guide, folder)
+        yield partial(describe_restore, run, folder / "rollouts.jsonl"), partial(check_guide, folder)
     for parent in (artifacts.scores_folder, artifacts.probes_folder):
         for folder in list_folders(parent):
-            store, restore = SampleStore(folder), describe_restore(run, folder / "rollouts.jsonl")
-            yield "", partial(check_settings, folder)
+            store, restore = SampleStore(folder), partial(describe_restore, run, folder / "rollouts.jsonl")
+            yield None, partial(check_settings, folder)
             yield restore, partial(store.iter_samples)
             if store.is_finished:
-                yield "", partial(read_scores, store)
+                yield None, partial(read_scores, store)
 
 
 def check_settings(folder: Path) -> None:
