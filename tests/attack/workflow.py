@@ -114,7 +114,7 @@ def list_commands(root: Path) -> list[WorkflowCommand]:
             unless(imported, "index", imported, "--import", root / "trl", "--recipe", "micro", "--with-base", *TINY),
             makes_kinds=False,
         ),
-        writes("index", "index", run, out=out / "index.csv"),
+        writes("index", "index", run, out=out / "clocks/index.csv"),
         writes("report", "report", run, out=out / "clocks/report.html", figure=out / "clocks/report.png"),
         writes(
             "compare",
@@ -143,7 +143,7 @@ class Workflow:
     root: Path
     files: dict[str, list[Path]]
     """By kind."""
-    outputs: dict[tuple[str, Path], str]
+    outputs: dict[tuple[str, Path], dict[str, str]]
     """What each reader gives out of a run directory that is not damaged, once it was run."""
 
 

@@ -1,9 +1,7 @@
 """What a full disk, a lost file, a moved folder and a umask do to a run."""
 
-import contextlib
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,32 +23,14 @@ from tests.helpers.runs import (
     tiny_recipe,
     train,
 )
+from tests.helpers.small_disk import fill_disk, mount_small_disk
 from tests.helpers.warm_process import ForkServer
 
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 24 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounting = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True, text=True
-    )
-    if mounting.returncode:
-        pytest.skip(f"no right to mount a small disk: {mounting.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def fill(disk: Path, *, leaving: int) -> Path:
-    """A file that takes all the room but `leaving` bytes."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        with contextlib.suppress(OSError):
-            while True:
-                file.write(b"x" * 4096)
-        file.truncate(max(0, file.tell() - leaving))
-    return filler
+    with mount_small_disk(tmp_path / "disk", megabytes=24) as disk:
+        yield disk
 
 
 @pytest.mark.parametrize(
@@ -67,7 +47,7 @@ def test_checkpoint_on_a_full_disk_ends_the_run_and_resume_continues(small_disk,
     while not (root / "branches/main/checkpoints/step_000002").exists():
         next(records)
     saved = file_digests(root / "branches/main/checkpoints")
-    filler = fill(small_disk, leaving=leaving)
+    filler = fill_disk(small_disk, leaving=leaving)
     with pytest.raises(RunFailed) as caught:
         list(records)
     assert caught.value.exit_code == 1
