@@ -7,23 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import npo_cli as npo
-from npo_cli import registry
-from npo_cli.registry import Registry
+from npo_cli.registry import REGISTRIES, Registry
 
 STAGES = ("train", "resume", "score", "sample_guide", "evaluate", "compare")
 RESULTS = ("TrainingResult", "ScoreResult", "CompareResult")
 RECORDS = ("StepReport", "EvalReport", "CheckpointSaved", "CandidateScore", "GuideChoice", "GuideCacheInfo", "Notice")
 ERRORS = ("NpoError", "RunFailed", "CallbackError", "StoppedEarly")
-BASES = {
-    "npo.guide_sources": "npo_cli.guides.source:GuideSource",
-    "npo.tasks": "npo_cli.tasks.base:TaskSource",
-    "npo.verifiers": "npo_cli.tasks.base:Verifier",
-    "npo.engines": "npo_cli.inference.base:Engine",
-    "npo.trackers": "npo_cli.training.tracking:Tracker",
-    "npo.mix_strategies": "npo_cli.rollout.mixing:MixStrategy",
-    "npo.importance_ratios": "npo_cli.losses.importance_ratio:ImportanceRatio",
-}
-"""Entry-point group -> what a plug-in of it is."""
 INTRODUCTION = """\
 `import npo_cli as npo` loads no library: each name below is imported when it is first used, torch when something is
 computed. The [tutorial](../tutorial/04-python-api.md) shows it at work. The commands `train`, `resume`,
@@ -104,21 +93,9 @@ def render_python_api(marker: str) -> str:
     lines += ["## Errors", "", "`NpoError` is the base of all: `message` says what is wrong, `hint` what to do.", ""]
     lines += [f"- `npo.{name}`: {_summary(getattr(npo, name).__doc__)}" for name in ERRORS]
     lines += ["", "## Plug-ins", "", PLUG_INS, ""]
-    for found in list_registries():
+    for found in REGISTRIES:
         lines += _describe_plug_in(found)
     return "\n".join(lines).rstrip() + "\n"
-
-
-def list_registries() -> list[Registry]:
-    """Every registry, in the order of the page."""
-    found = {value.group: value for value in vars(registry).values() if isinstance(value, Registry)}
-    return [found.pop(group) for group in BASES] + list(found.values())
-
-
-def load_base(found: Registry) -> type:
-    """The class that plug-ins of a registry derive from."""
-    module, _, name = BASES[found.group].partition(":")
-    return getattr(__import__(module, fromlist=[name]), name)
 
 
 def _describe(name: str, signature: inspect.Signature, doc: str | None) -> Iterator[str]:
@@ -148,9 +125,9 @@ def _describe_record(name: str) -> str:
 
 
 def _describe_plug_in(found: Registry) -> Iterator[str]:
-    base = load_base(found)
+    base = found.load_base()
     yield from (f"### {found.kind}", "")
-    yield f"Entry points `{found.group}`; chosen by `{found.setting}`; base `{BASES[found.group]}`."
+    yield f"Entry points `{found.group}`; chosen by `{found.setting}`; base `{found.base}`."
     yield from (f"Built in: {', '.join(f'`{name}`' for name in found.built_in)}.", "", _summary(base.__doc__), "")
     for member, value in vars(base).items():
         function = value.__func__ if isinstance(value, classmethod) else value

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, first_line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +30,8 @@ class Registry:
     """The setting that chooses among them: `engine.kind`."""
     group: str
     """Entry-point group: `npo.engines`."""
+    base: str
+    """What a plug-in derives from, or is an instance of, as `module:Class`."""
     built_in: Mapping[str, str]
     """The package's own, as `module:Class`."""
     _registered: dict[str, Any] = field(default_factory=dict)
@@ -47,8 +49,30 @@ class Registry:
         if name in self.built_in:
             return EntryPoint(name=name, value=self.built_in[name], group=self.group).load()
         for point in entry_points(group=self.group, name=name):
-            return point.load()
+            return self._load_plug_in(point)
         raise NpoError(f"{self.setting}={name} is not a known {self.kind}", self.suggest(name))
+
+    def _load_plug_in(self, point: EntryPoint) -> Any:
+        """What another package's entry point names; NpoError if it cannot be imported, or is not what it must be."""
+        start = f"{self.setting}={point.name}: {point.value}"
+        owner = f"the package {point.dist.name}" if point.dist else "the package that declares it"
+        try:
+            found = point.load()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise NpoError(f"{start} cannot be imported: {reason}", f"fix or uninstall {owner}") from error
+        base = self.load_base()
+        if not isinstance(found, base) and not (isinstance(found, type) and issubclass(found, base)):
+            raise NpoError(f"{start} is not a {base.__name__} (entry points {self.group})", f"fix {owner}")
+        name = getattr(found, "name", None)
+        if name != point.name:
+            raise NpoError(f"{start} has the name {name!r}", f"declare it under its own name in {owner}")
+        return found
+
+    def load_base(self) -> type:
+        """The class that plug-ins derive from, or are instances of."""
+        base: type = EntryPoint(name=self.kind, value=self.base, group=self.group).load()
+        return base
 
     def check(self, name: str) -> str:
         """The name itself, for a settings field; ValueError if it is unknown."""
@@ -77,6 +101,7 @@ ENGINES = Registry(
     kind="engine",
     setting="engine.kind",
     group="npo.engines",
+    base="npo_cli.inference.base:Engine",
     built_in={
         "transformers": "npo_cli.inference.transformers_engine:TransformersEngine",
         "vllm": "npo_cli.inference.vllm_local:VllmEngine",
@@ -87,6 +112,7 @@ TASKS = Registry(
     kind="task",
     setting="task.source",
     group="npo.tasks",
+    base="npo_cli.tasks.base:TaskSource",
     built_in={
         "micro": "npo_cli.tasks.micro:MicroTask",
         "reasoning_gym": "npo_cli.tasks.reasoning_gym:ReasoningGymTask",
@@ -100,6 +126,7 @@ VERIFIERS = Registry(
     kind="verifier",
     setting="task.verifier",
     group="npo.verifiers",
+    base="npo_cli.tasks.base:Verifier",
     built_in={
         "exact": "npo_cli.tasks.verifiers:ExactVerifier",
         "number": "npo_cli.tasks.verifiers:NumberVerifier",
@@ -115,6 +142,7 @@ TRACKERS = Registry(
     kind="tracker",
     setting="tracking.report_to",
     group="npo.trackers",
+    base="npo_cli.training.tracking:Tracker",
     built_in={
         "tensorboard": "npo_cli.training.tracking:TensorboardTracker",
         "wandb": "npo_cli.training.tracking:WandbTracker",
@@ -125,6 +153,7 @@ GUIDE_SOURCES = Registry(
     kind="guide source",
     setting="--source",
     group="npo.guide_sources",
+    base="npo_cli.guides.source:GuideSource",
     built_in={
         "checkpoint": "npo_cli.guides.sources.checkpoint:CheckpointSource",
         "self": "npo_cli.guides.sources.checkpoint:SelfSource",
@@ -142,6 +171,7 @@ MIX_STRATEGIES = Registry(
     kind="mix strategy",
     setting="guide.inject.mode",
     group="npo.mix_strategies",
+    base="npo_cli.rollout.mixing:MixStrategy",
     built_in={
         "replace": "npo_cli.rollout.mixing:ReplaceLastSlots",
         "append": "npo_cli.rollout.mixing:AppendSlots",
@@ -151,6 +181,7 @@ IMPORTANCE_RATIOS = Registry(
     kind="importance ratio",
     setting="guide.inject.ratio",
     group="npo.importance_ratios",
+    base="npo_cli.losses.importance_ratio:ImportanceRatio",
     built_in={
         "exact": "npo_cli.losses.importance_ratio:exact_ratio",
         "proximal": "npo_cli.losses.importance_ratio:proximal_ratio",
@@ -159,3 +190,18 @@ IMPORTANCE_RATIOS = Registry(
         "none": "npo_cli.losses.importance_ratio:no_ratio",
     },
 )
+REGISTRIES = (GUIDE_SOURCES, TASKS, VERIFIERS, ENGINES, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS)
+"""Every kind of plug-in."""
+
+
+def find_plug_in_line(error: BaseException) -> str | None:
+    """`MODULE, line N`, the innermost line of a plug-in in an error's traceback; None if no plug-in took part."""
+    points = [point for each in REGISTRIES for point in entry_points(group=each.group)]
+    packages = {point.module.partition(".")[0] for point in points}
+    found, place = None, error.__traceback__
+    while place is not None:
+        module = str(place.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] in packages:
+            found = f"{module}, line {place.tb_lineno}"
+        place = place.tb_next
+    return found

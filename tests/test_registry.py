@@ -1,28 +1,25 @@
 """The registry of plug-ins: names without imports, entry points of other packages, errors that name the nearest."""
 
+from collections import UserString
 from importlib.metadata import EntryPoint
+from statistics import StatisticsError, mean
 
 import pytest
 
 from npo_cli import registry
 from npo_cli.errors import NpoError
-from npo_cli.registry import (
-    ENGINES,
-    GUIDE_SOURCES,
-    IMPORTANCE_RATIOS,
-    MIX_STRATEGIES,
-    TASKS,
-    TRACKERS,
-    VERIFIERS,
-    Registry,
-)
+from npo_cli.registry import REGISTRIES, Registry
 
 ANIMALS = Registry(
-    kind="animal", setting="zoo.animal", group="npo.animals", built_in={"ordered": "collections:OrderedDict"}
+    kind="animal",
+    setting="zoo.animal",
+    group="npo.animals",
+    base="collections:UserString",
+    built_in={"ordered": "collections:OrderedDict"},
 )
 
 
-class Ape:
+class Ape(UserString):
     name = "ape"
 
 
@@ -39,11 +36,43 @@ def test_registry_holds_a_class_for_a_block():
     assert ANIMALS.names() == ("ordered",)
 
 
+def declare(monkeypatch, name, value):
+    """An entry point of another package, the only one."""
+    point = EntryPoint(name=name, value=value, group="npo.animals")
+    monkeypatch.setattr(registry, "entry_points", lambda **_: [point])
+
+
 def test_registry_lists_and_loads_entry_points_of_other_packages(monkeypatch):
-    points = [EntryPoint(name="counter", value="collections:Counter", group="npo.animals")]
-    monkeypatch.setattr(registry, "entry_points", lambda **_: points)
-    assert ANIMALS.names() == ("ordered", "counter")
-    assert ANIMALS.get("counter").__name__ == "Counter"
+    declare(monkeypatch, "ape", f"{__name__}:Ape")
+    assert ANIMALS.names() == ("ordered", "ape")
+    assert ANIMALS.get("ape") is Ape
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("gnu", "no_such_module:Gnu", "ModuleNotFoundError"),
+        ("gnu", f"{__name__}:Gnu", "AttributeError"),
+        ("counter", "collections:Counter", "is not a UserString"),
+        ("gnu", f"{__name__}:Ape", "has the name 'ape'"),
+    ],
+)
+def test_registry_says_what_is_wrong_with_an_entry_point(monkeypatch, name, value, message):
+    declare(monkeypatch, name, value)
+    with pytest.raises(NpoError, match=message) as caught:
+        ANIMALS.get(name)
+    assert f"zoo.animal={name}: {value}" in caught.value.message
+    assert caught.value.hint
+
+
+def test_error_of_a_plug_in_is_located_in_its_own_module(monkeypatch):
+    declare(monkeypatch, "mean", "statistics:mean")
+    with pytest.raises(StatisticsError) as caught:
+        mean([])
+    assert registry.find_plug_in_line(caught.value).startswith("statistics, line ")
+    with pytest.raises(NpoError) as caught:
+        ANIMALS.get("orderd")
+    assert registry.find_plug_in_line(caught.value) is None
 
 
 def test_registry_answers_an_unknown_name_with_the_nearest_or_with_all():
@@ -56,7 +85,7 @@ def test_registry_answers_an_unknown_name_with_the_nearest_or_with_all():
 
 @pytest.mark.parametrize(
     "plugins",
-    [ENGINES, TASKS, VERIFIERS, TRACKERS, GUIDE_SOURCES, MIX_STRATEGIES, IMPORTANCE_RATIOS],
+    REGISTRIES,
     ids=lambda plugins: plugins.kind,
 )
 def test_registry_groups_are_named_alike(plugins):

@@ -102,8 +102,12 @@ def main(args: Sequence[str] | None = None) -> None:
         code = 2 if error.errno in BAD_PATH_ERRNOS else 1
         hint = "check permissions, or choose another path"
         _leave(f"{error.strerror or error}: {error.filename}", hint, code=code, args=args)
-    except Exception as error:  # a bug of npo: one line, and how to see the traceback
-        hint = "NPO_DEBUG=1 shows where it happened; please report it"
+    except Exception as error:  # a bug of npo or of a plug-in: one line, and how to see the traceback
+        from npo_cli.registry import find_plug_in_line
+
+        line = find_plug_in_line(error)
+        hint = f"a plug-in took part: {line}" if line else "please report it"
+        hint = f"NPO_DEBUG=1 shows where it happened; {hint}"
         _leave(f"{type(error).__name__}: {error}", hint, code=1, args=args)
     finally:
         clear_loading()

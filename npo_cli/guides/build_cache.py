@@ -21,6 +21,7 @@ from npo_cli.guides.source import (
     PromptResponses,
     is_yield_low,
     open_source,
+    sample_source,
 )
 from npo_cli.guides.sources.checkpoint import CheckpointSource
 from npo_cli.seeds import derive_seed
@@ -202,7 +203,7 @@ def fill_cache(
         num_solved = sum(bool(samples.rollouts) for samples in done.values())
         yield Progress(description="sample guide", done=start, total=len(prompts), note=f"{num_solved} solved")
         started = time.perf_counter()
-        chunk = select_responses(source, source.sample(left), label=label)
+        chunk = select_responses(source, sample_source(source, left), label=label)
         num_tokens = sum(samples.num_tokens for samples in chunk)
         append_cost(
             source.target.run,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from npo_cli.config.guides import ScoringSettings
-from npo_cli.guides.source import GuideSource, compute_logprobs, open_source
+from npo_cli.guides.source import GuideSource, compute_logprobs, open_source, sample_source
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.scoring.variance import SampleRatio
 from npo_cli.session.learner import Learner
@@ -133,7 +133,7 @@ def sample_other_source(state: ScoringState, source: GuideSource, prompts: Seque
 
 def _sample_source(source: GuideSource, prompts: Sequence[Prompt]) -> tuple[list[Group], int]:
     """All responses with their log-probabilities, and the number of tokens that were generated."""
-    responses = source.sample(prompts)
+    responses = sample_source(source, prompts)
     pairs = [(each.prompt, rollout) for each in responses for rollout in (*each.rollouts, *each.duplicates)]
     logps = iter(source.logprobs(pairs))
     groups = [

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.registry import GUIDE_SOURCES
 from npo_cli.types.guides import SourceSpec
 from npo_cli.types.rollouts import Group, Prompt, Rollout
@@ -100,6 +100,13 @@ class GuideSource(ABC):
     """That engine must accept extrapolated LoRA weights."""
     forwards_per_token: int = 1
     """Forward passes per sampled token."""
+
+    def __init_subclass__(cls) -> None:
+        """Raise TypeError for a source with a name that does not describe itself."""
+        super().__init_subclass__()
+        missing = [word for word in ("usage", "example", "summary") if hasattr(cls, "name") and not hasattr(cls, word)]
+        if missing:
+            raise TypeError(f"{cls.__name__} has no {', '.join(missing)}")
 
     def __init__(self, spec: SourceSpec, target: ReplayTarget) -> None:
         self.spec, self.target = spec, target
@@ -222,6 +229,20 @@ def open_source(source: GuideSource, *, task: Task, policy: Policy) -> Iterator[
         with measure_startup("load", "the guide"):
             source.open(session)
         yield session
+
+
+def sample_source(source: GuideSource, prompts: Sequence[Prompt]) -> list[PromptResponses]:
+    """Responses of an open source; raises RunFailed unless it returns one entry per prompt, in order."""
+    responses = source.sample(prompts)
+    given, wanted = [entry.prompt.prompt_id for entry in responses], [prompt.prompt_id for prompt in prompts]
+    if given != wanted:
+        order = " in another order" if len(given) == len(wanted) else ""
+        raise RunFailed(
+            f"--source {source.spec.text} returned responses to {len(given)} prompts, not to the {len(wanted)} "
+            f"requested{order}",
+            "fix the source: npo docs how-to/add-a-guide-source",
+        )
+    return responses
 
 
 MIN_SAMPLES_FOR_YIELD = 32
@@ -369,7 +390,13 @@ def create_source(spec: SourceSpec, target: ReplayTarget) -> GuideSource:
 
 
 def describe_sources() -> str:
-    """One line per registered source: its usage and summary."""
-    sources = [GUIDE_SOURCES.get(name) for name in GUIDE_SOURCES.names()]
-    width = max(len(source.usage) for source in sources)
-    return "\n".join(f"{source.usage:<{width}}  {source.summary}" for source in sources)
+    """One line per registered source: its usage and summary; of a plug-in that cannot be used, what is wrong."""
+    lines = {}
+    for name in GUIDE_SOURCES.names():
+        try:
+            source: type[GuideSource] = GUIDE_SOURCES.get(name)
+            lines[source.usage] = source.summary
+        except NpoError as error:
+            lines[name] = f"not available: {error.message}"
+    width = max(map(len, lines))
+    return "\n".join(f"{usage:<{width}}  {summary}" for usage, summary in lines.items())

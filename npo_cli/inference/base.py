@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.config.engine import EngineSettings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.registry import ENGINES
 from npo_cli.types.rollouts import ImageRef
 
@@ -222,12 +222,31 @@ def open_engine(settings: EngineSettings, handle: ModelHandle) -> Engine:
     return engine(settings, handle)
 
 
+def check_samples(requests: Sequence[SampleRequest], samples: Sequence[Sample], *, kind: str) -> None:
+    """Raise `RunFailed` unless there is one sample per request, in order, with one log-probability per token."""
+    hint = "fix the engine: npo docs how-to/add-an-engine"
+    wanted = [(request.prompt_id, request.slot) for request in requests]
+    given = [(sample.prompt_id, sample.slot) for sample in samples]
+    if given != wanted:
+        order = " in another order" if len(given) == len(wanted) else ""
+        raise RunFailed(f"engine.kind={kind} returned {len(given)} samples for {len(wanted)} requests{order}", hint)
+    for sample in samples:
+        if not 0 < len(sample.response_ids) == len(sample.logps):
+            raise RunFailed(
+                f"engine.kind={kind} returned {len(sample.logps)} log-probabilities for {len(sample.response_ids)} "
+                f"tokens (prompt {sample.prompt_id}, slot {sample.slot})",
+                hint,
+            )
+
+
 def check_engines(required: Mapping[str, SpecifierSet]) -> list[EngineStatus]:
     """Status of every registered engine, given the version range that is required of each package."""
     found = []
     for name in ENGINES.names():
         try:
             found.append(ENGINES.get(name).status(required))
+        except NpoError as error:
+            found.append(EngineStatus(kind=name, is_available=False, detail=error.message, hint=error.hint))
         except ImportError as error:
             found.append(EngineStatus(kind=name, is_available=False, detail=f"cannot be imported: {error}"))
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from npo_cli.config.guides import InjectSettings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.registry import IMPORTANCE_RATIOS
 
 LOG_RATIO_LIMIT = 20.0
@@ -49,6 +49,16 @@ class ImportanceRatio:
     anchor: Callable[[PolicyLogps, InjectSettings], RatioAnchor]
     needs_logprobs: bool
     """Whether it reads the behavior policy's log-probabilities."""
+
+    def compute_anchor(self, logps: PolicyLogps, settings: InjectSettings) -> RatioAnchor:
+        """The anchor of every token, off-policy or not. Raises RunFailed if the function does not return one."""
+        anchor = self.anchor(logps, settings)
+        if not isinstance(anchor, RatioAnchor) or anchor.logps_NT.shape != logps.old_NT.shape:
+            raise RunFailed(
+                f"guide.inject.ratio={self.name} returned no RatioAnchor with a log-probability per token",
+                "return RatioAnchor(logps_NT=...) of the shape of logps.old_NT",
+            )
+        return anchor
 
 
 def importance_ratio(

@@ -282,7 +282,7 @@ def compute_columns(
     current_NT = logps_NT.detach()
     old_NT = current_NT if inputs.old_logps_NT is None else torch.where(mask_NT, inputs.old_logps_NT.detach(), 0.0)
     behavior_NT = torch.where(mask_NT, inputs.behavior_logps_NT.detach(), 0.0)
-    anchor = ratio.anchor(PolicyLogps(current_NT=current_NT, old_NT=old_NT, behavior_NT=behavior_NT), inject)
+    anchor = ratio.compute_anchor(PolicyLogps(current_NT=current_NT, old_NT=old_NT, behavior_NT=behavior_NT), inject)
     mode = mismatch.model_copy(update={"mode": "off"}) if clips_behavior_ratio else mismatch
     correction = correct_mismatch(old_NT, behavior_NT, mask_NT & ~off_policy_NT, mode)
     on_policy_anchor_NT = behavior_NT if clips_behavior_ratio else old_NT

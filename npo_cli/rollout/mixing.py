@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from npo_cli.config.guides import InjectSettings
+from npo_cli.errors import RunFailed
 from npo_cli.registry import MIX_STRATEGIES
 from npo_cli.seeds import derive_seed
 from npo_cli.types.rollouts import Group, Rollout
@@ -66,6 +67,13 @@ class MixStrategy:
     def inject(self, group: Group, guides: Sequence[Rollout], accuracy: float) -> Group:
         """The group with these guide rollouts in their slots."""
         rollouts = self.fill_slots(group.rollouts, guides)
+        surplus = len(rollouts) - self.group_size
+        if surplus < 0 or (surplus > 0 and not self.adds_rollouts):
+            raise RunFailed(
+                f"guide.inject.mode={self.name} filled a group with {len(rollouts)} rollouts: train.group_size is "
+                f"{self.group_size}",
+                "fix its fill_slots (adds_rollouts = True allows more)",
+            )
         return replace(
             group,
             rollouts=tuple(replace(rollout, slot=slot) for slot, rollout in enumerate(rollouts)),

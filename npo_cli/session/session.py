@@ -10,7 +10,7 @@ from torch import Tensor
 from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.process_group import ProcessGroup, current_group
 from npo_cli.errors import NpoError
-from npo_cli.inference.base import AdapterHandle, Engine, ModelHandle, Sample, SampleRequest, open_engine
+from npo_cli.inference.base import AdapterHandle, Engine, ModelHandle, Sample, SampleRequest, check_samples, open_engine
 from npo_cli.inference.sync_check import tensor_shapes
 from npo_cli.policy.lora import AdapterInfo, save_adapters, shapes_without_rank, share_base_weights
 from npo_cli.policy.model import Policy, check_prompt_support, load_policy
@@ -322,6 +322,7 @@ def sample_groups_per_version(
     temperature = settings.temperature if temperature is None else temperature
     requests = [request for spec in specs for request in _requests(session, prompts, spec, slots=slots)]
     samples = session.engine.generate(requests, temperature=temperature, max_new_tokens=settings.max_new_tokens)
+    check_samples(requests, samples, kind=session.recipe.engine.kind)
     graded = session.task.grade(
         [prompt for _ in specs for prompt in prompts for _ in slots],
         [one.text for one in samples],

@@ -10,6 +10,7 @@ from npo_cli.config.loading import dump_yaml, load_recipe, parse_yaml, recipe_to
 from npo_cli.config.locate import find_recipe, list_recipe_names
 from npo_cli.config.messages import list_known_keys
 from npo_cli.errors import NpoError
+from npo_cli.registry import ENGINES
 from npo_cli.types.views import SectionView, SettingView
 from tests.helpers.cli_errors import npo
 
@@ -75,7 +76,7 @@ def test_item_of_a_list_has_the_marks_of_the_list():
 
 def test_values_that_a_plug_in_may_add_are_the_registered_names():
     (kind,) = describe_config("engine.kind")
-    assert kind.allowed == "transformers, vllm, vllm_server"
+    assert kind.allowed == ", ".join(ENGINES.names())
     assert kind.change == "at a fork (npo resume --at STEP)"
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from npo_cli import registry
 from npo_cli.config.loading import load_recipe
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides.source import (
     GuideSource,
     PromptResponses,
@@ -18,6 +20,7 @@ from npo_cli.guides.source import (
     open_source,
     parse_spec,
     sample_in_rounds,
+    sample_source,
 )
 from npo_cli.guides.sources.checkpoint import CheckpointSource
 from npo_cli.registry import GUIDE_SOURCES
@@ -174,6 +177,31 @@ def test_source_that_leaves_out_a_slot_is_refused_instead_of_drawing_it_forever(
     prompt = Prompt(prompt_id="a", answer="1", text="1=")
     with pytest.raises(ValueError, match="one rollout per prompt and slot"):
         sample_in_rounds(guide, [prompt], lambda prompts, _slots: [PromptResponses(prompt=prompts[0], rollouts=())])
+
+
+class NotAnswering(CheckpointSource):
+    name = "not_answering"
+
+
+def test_source_without_an_entry_per_prompt_is_refused(monkeypatch):
+    source = object.__new__(NotAnswering)
+    source.spec = make_spec("self", {})
+    monkeypatch.setattr(NotAnswering, "sample", lambda self, prompts: [])
+    with pytest.raises(RunFailed, match="responses to 0 prompts, not to the 1 requested"):
+        sample_source(source, [Prompt(prompt_id="a", answer="1", text="1=")])
+
+
+def test_source_with_a_name_must_describe_itself():
+    with pytest.raises(TypeError, match="has no usage, example, summary"):
+        type("Nameless", (GuideSource,), {"name": "nameless"})
+
+
+def test_source_of_a_plug_in_that_cannot_be_imported_does_not_hide_the_others(monkeypatch):
+    point = EntryPoint(name="gone", value="no_such_module:Gone", group=GUIDE_SOURCES.group)
+    monkeypatch.setattr(registry, "entry_points", lambda **_: [point])
+    listed = describe_sources().splitlines()
+    assert len(listed) == len(GUIDE_SOURCES.built_in) + 1
+    assert listed[-1].startswith("gone ") and "no_such_module" in listed[-1]
 
 
 class CopiedSource(GuideSource):

@@ -20,6 +20,7 @@ from npo_cli.inference.base import (
     Sample,
     SampleRequest,
     check_engines,
+    check_samples,
     open_engine,
 )
 from npo_cli.inference.transformers_engine import TransformersEngine
@@ -58,6 +59,15 @@ class StaleEngine(CopyEngine):
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         self.version = version
+
+
+class ShortEngine(TransformersEngine):
+    """An engine that leaves out the last response."""
+
+    name = "short"
+
+    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+        return super().generate(requests, temperature=temperature, max_new_tokens=max_new_tokens)[:-1]
 
 
 AVAILABLE = [name for name in ENGINES.names() if ENGINES.get(name).status({}).is_available]
@@ -149,12 +159,30 @@ def test_engine_that_ignores_new_weights_is_refused_as_stale(tmp_path: Path):
         train(tmp_path / "run", "engine.kind=stale", "train.lr=0.05")
 
 
+def test_engine_must_return_a_sample_per_request_with_a_log_probability_per_token(tmp_path: Path):
+    with ENGINES.registered(ShortEngine), pytest.raises(RunFailed, match="15 samples for 16 requests"):
+        train(tmp_path / "run", "engine.kind=short")
+    request = SampleRequest(prompt_id="a", prompt_ids=(1,), slot=0, seed=0)
+    right = Sample(
+        prompt_id="a", slot=0, response_ids=(4, 2), logps=(-1.0, -2.0), mean_entropy=1.0, text="4", finished=True
+    )
+    check_samples([request], [right], kind="copy")
+    for wrong, message in (
+        (replace(right, logps=(-1.0,)), "1 log-probabilities for 2 tokens"),
+        (replace(right, response_ids=(), logps=()), "0 log-probabilities for 0 tokens"),
+        (replace(right, slot=1), "in another order"),
+    ):
+        with pytest.raises(RunFailed, match=message):
+            check_samples([request], [wrong], kind="copy")
+
+
 def test_engine_without_support_for_images_or_adapters_is_refused():
     with pytest.raises(NpoError, match=r"engine\.kind=copy does not support images"):
         CopyEngine.validate(EngineSettings(), uses_adapters=False, uses_images=True)
     with pytest.raises(NpoError, match=r"engine\.kind=copy does not support LoRA adapters") as caught:
         CopyEngine.validate(EngineSettings(), uses_adapters=True, uses_images=False)
-    assert caught.value.hint == "set engine.kind=transformers or vllm or vllm_server"
+    able = [kind for kind in ENGINES.built_in if ENGINES.get(kind).serves_adapters]
+    assert caught.value.hint == f"set engine.kind={' or '.join(able)}"
 
 
 def test_engine_kind_that_is_unknown_gets_the_nearest_name():

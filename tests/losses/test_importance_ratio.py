@@ -4,12 +4,13 @@ import pytest
 from torch import tensor
 
 from npo_cli.config.guides import InjectSettings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.losses.importance_ratio import (
     RatioAnchor,
     check_ratio_available,
     importance_ratio,
     log_ratio,
+    name_ratios_without_logprobs,
 )
 from npo_cli.losses.policy_loss import compute_columns
 from npo_cli.losses.types import LossInputs
@@ -95,6 +96,26 @@ def test_importance_ratio_weights_carry_no_gradient(ratio):
     assert current.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
+@pytest.mark.parametrize("ratio", IMPORTANCE_RATIOS.names())
+def test_importance_ratio_reads_behavior_logprobs_only_if_it_says_so(ratio):
+    tokens = columns(ratio, behavior=tensor([[-9.0, -9.0], [math.nan, math.nan]]))
+    is_known = tokens.log_ratio_NT[1].isfinite() & tokens.weight_NT[1].isfinite()
+    assert is_known.all().item() != IMPORTANCE_RATIOS.get(ratio).needs_logprobs
+
+
+def test_importance_ratio_must_return_an_anchor_of_every_token():
+    for name, wrong in (
+        ("bare", lambda logps: logps.old_NT),
+        ("row", lambda logps: RatioAnchor(logps_NT=logps.old_NT[0])),
+    ):
+        added = importance_ratio(name, needs_logprobs=False)(lambda logps, _settings, wrong=wrong: wrong(logps))
+        with (
+            IMPORTANCE_RATIOS.registered(added),
+            pytest.raises(RunFailed, match=f"ratio={name} returned no RatioAnchor"),
+        ):
+            columns(name)
+
+
 def test_importance_ratio_does_not_read_padding():
     behavior = tensor([[0.0, 0.0], [-3.0, math.nan]])
     assert anchors("exact", behavior=behavior, mask=((1, 1), (1, 0)))[1] == [-3.0, 0.0]
@@ -113,7 +134,7 @@ def test_importance_ratio_that_needs_logprobs_is_refused_without_them():
         assert str(caught.value.message) == (
             f"guide 'late' has no log-probabilities: guide.inject.ratio={ratio} is not available"
         )
-        assert caught.value.hint == "use guide.inject.ratio=proximal, unit or none"
+        assert caught.value.hint == f"use guide.inject.ratio={name_ratios_without_logprobs()}"
 
 
 def test_importance_ratio_can_differ_within_a_response():

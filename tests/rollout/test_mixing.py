@@ -5,7 +5,7 @@ import pytest
 
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.loading import load_recipe
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.registry import MIX_STRATEGIES
 from npo_cli.rollout.mixing import AppendSlots, MixStrategy, count_injections, make_mix_strategy
 from npo_cli.types.rollouts import Group, Prompt, Rollout, TokenSpan
@@ -225,6 +225,46 @@ class GuidePrefix(MixStrategy):
 @pytest.mark.parametrize("name", MIX_STRATEGIES.names())
 def test_mixing_strategy_has_its_registered_name(name):
     assert type(strategy(group_size=2, mode=name)).name == name
+
+
+@pytest.mark.parametrize("name", MIX_STRATEGIES.names())
+def test_mixing_strategy_keeps_rewards_and_order_and_says_what_it_did(name):
+    guides = {"a": (GUIDE,), "c": (replace(GUIDE, prompt_id="c"),)}
+    groups = [group_of(False, False), group_of(False, False, prompt_id="b"), group_of(True, True, prompt_id="c")]
+    chosen = strategy(group_size=2, mode=name)
+    mixed = chosen.mix_groups(groups, guides)
+    assert [group.prompt.prompt_id for group in mixed] == ["a", "b", "c"]
+    assert [group.injection_status for group in mixed] == ["injected", "no_guide", "gate_closed"]
+    assert [group.on_policy_accuracy for group in mixed] == [0.0, 0.0, 1.0]
+    assert [group.rollouts for group in mixed[1:]] == [group.rollouts for group in groups[1:]]
+    first = mixed[0].rollouts
+    assert [rollout.slot for rollout in first] == list(range(len(first)))
+    assert len(first) == 2 or (chosen.adds_rollouts and len(first) > 2)
+    assert any(rollout.is_off_policy for rollout in first)
+    assert all(rollout.reward == (1.0 if rollout.is_correct else 0.0) for rollout in first)
+
+
+class OnlyTheFirst(MixStrategy):
+    name = "first"
+
+    def fill_slots(self, on_policy, guides):
+        return on_policy[:1]
+
+
+class OneTooMany(MixStrategy):
+    name = "many"
+
+    def fill_slots(self, on_policy, guides):
+        return [*on_policy, *guides]
+
+
+@pytest.mark.parametrize(("added", "count"), [(OnlyTheFirst, 1), (OneTooMany, 4)])
+def test_mixing_strategy_that_changes_the_group_size_is_refused(added, count):
+    with (
+        MIX_STRATEGIES.registered(added),
+        pytest.raises(RunFailed, match=rf"mode={added.name} filled a group with {count} rollouts"),
+    ):
+        mix([group_of(False, False, False)], mode=added.name)
 
 
 def test_mixing_strategy_decides_slots_and_tokens():
