@@ -14,9 +14,19 @@ import typer
 from pydantic import BaseModel
 
 from npo_cli.cli.main import app
+from npo_cli.config.describe import describe_config
 from npo_cli.config.loading import load_recipe
 from npo_cli.config.locate import list_method_names
 from npo_cli.config.recipe import Recipe
+from npo_cli.registry import (
+    ENGINES,
+    GUIDE_SOURCES,
+    IMPORTANCE_RATIOS,
+    MIX_STRATEGIES,
+    TASKS,
+    TRACKERS,
+    Registry,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -174,6 +184,26 @@ def test_modules_named_in_the_text_exist(page: Path) -> None:
 def test_recipes_named_in_the_tables_exist() -> None:
     for recipe in re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "recipes/README.md").read_text(encoding="utf-8"), re.M):
         load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("page", "plugins"),
+    [("external-teachers.md", GUIDE_SOURCES), ("vllm.md", ENGINES)],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+def test_every_built_in_has_a_row_on_its_page(page: str, plugins: Registry) -> None:
+    rows = re.findall(r"^\|([^|]*)\|", (ROOT / "docs/how-to" / page).read_text(encoding="utf-8"), re.MULTILINE)
+    named = {span.partition(":")[0] for row in rows for span in re.findall(r"`([^`]+)`", row)}
+    assert not set(plugins.built_in) - named, f"docs/how-to/{page} has no row for them"
+
+
+@pytest.mark.parametrize(
+    "plugins", [ENGINES, TASKS, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS], ids=lambda plugins: plugins.kind
+)
+def test_every_built_in_is_named_in_the_description_of_its_setting(plugins: Registry) -> None:
+    (setting,) = describe_config(plugins.setting)
+    described = set(re.findall(r"`([^`]+)`", setting.description))
+    assert not set(plugins.built_in) - described, f"the description of {plugins.setting} does not name them"
 
 
 def test_readme_has_at_most_150_lines() -> None:

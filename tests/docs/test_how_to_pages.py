@@ -13,7 +13,8 @@ import pytest
 from npo_cli.cli.main import main
 from npo_cli.config.loading import load_recipe
 from npo_cli.guides.source import ReplayTarget
-from npo_cli.registry import ENGINES, GUIDE_SOURCES, MIX_STRATEGIES, Registry
+from npo_cli.losses.importance_ratio import PolicyLogps
+from npo_cli.registry import ENGINES, GUIDE_SOURCES, IMPORTANCE_RATIOS, MIX_STRATEGIES, Registry
 from npo_cli.session.learner import find_learner
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
@@ -39,28 +40,27 @@ def code_of(page: str, language: str, *, number: int = 0) -> str:
     return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)[number]
 
 
-def class_of(page: str, name: str, *, number: int = 0) -> Any:
-    """The class that a Python block of the page defines, the first block by default."""
+def plug_in_of(page: str, name: str, *, number: int = 0) -> Any:
+    """What a Python block of the page defines under that name; the first block by default."""
     scope: dict[str, object] = {"__name__": page}
     exec(compile(code_of(page, "python", number=number), page, "exec"), scope)
-    found = scope[name]
-    assert isinstance(found, type)
-    return found
+    return scope[name]
 
 
 @pytest.mark.parametrize(
-    ("page", "plugins", "added"),
+    ("page", "number", "plugins", "added"),
     [
-        ("add-a-guide-source.md", GUIDE_SOURCES, "SolutionsSource"),
-        ("add-an-engine.md", ENGINES, "PlainEngine"),
-        ("add-a-method.md", MIX_STRATEGIES, "HardestGroups"),
+        ("add-a-guide-source.md", 0, GUIDE_SOURCES, "SolutionsSource"),
+        ("add-an-engine.md", 0, ENGINES, "PlainEngine"),
+        ("add-a-method.md", 0, MIX_STRATEGIES, "HardestGroups"),
+        ("add-a-method.md", 1, IMPORTANCE_RATIOS, "geometric_ratio"),
     ],
 )
-def test_entry_points_of_the_pages_name_their_classes(page: str, plugins: Registry, added: str) -> None:
-    """The right group, the class's own name, and the file that the code block names."""
-    points = tomllib.loads(code_of(page, "toml"))["project"]["entry-points"]
-    found = class_of(page, added)
-    module = code_of(page, "python").splitlines()[0].removeprefix("# ").removesuffix(".py")
+def test_entry_points_of_the_pages_name_their_plug_ins(page: str, number: int, plugins: Registry, added: str) -> None:
+    """The right group, the plug-in's own name, and the file that the code block names."""
+    points = tomllib.loads(code_of(page, "toml", number=number))["project"]["entry-points"]
+    found = plug_in_of(page, added, number=number)
+    module = code_of(page, "python", number=number).splitlines()[0].removeprefix("# ").removesuffix(".py")
     assert points == {plugins.group: {found.name: f"my_package.{module}:{added}"}}
 
 
@@ -80,7 +80,7 @@ def test_add_a_guide_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     recipe = load_recipe("micro", TINY)
     task = open_task(recipe)
     Path("solutions.json").write_text(json.dumps({each.prompt_id: correct_response(each) for each in task.train}))
-    with GUIDE_SOURCES.registered(class_of("add-a-guide-source.md", "SolutionsSource")):
+    with GUIDE_SOURCES.registered(plug_in_of("add-a-guide-source.md", "SolutionsSource")):
         run("sample-guide", "r", "--at", "0", "--source", "solutions:solutions.json", "--steps", "2", "--name", "s")
     info = json.loads(Path("r/guides/s/guide.json").read_text())
     assert (info["complete"], info["num_prompts_with_rollouts"], info["has_logps"]) == (
@@ -115,7 +115,7 @@ def test_add_a_guide_source_that_samples_a_checkpoint(tmp_path: Path, monkeypatc
     """Without a limit it is the checkpoint itself; with one of a token its responses are all wrong, in Q too."""
     monkeypatch.chdir(tmp_path)
     run("train", "micro", "r", *TINY, *WHOLE_REPLAY, "train.prompts_per_step=4", "guide.inject.max_accuracy=1")
-    with GUIDE_SOURCES.registered(class_of("add-a-guide-source.md", "BranchSource", number=2)):
+    with GUIDE_SOURCES.registered(plug_in_of("add-a-guide-source.md", "BranchSource", number=2)):
         for name, spec in (("same", "2"), ("all", "branch:main,2,99"), ("short", "branch:main,2,1")):
             run("sample-guide", "r", "--at", "0", "--source", spec, "--name", name)
         run("score-checkpoints", "r", "--at", "0", "--source", "branch:main,2,99", "--source", "branch:main,2,1")
@@ -135,7 +135,7 @@ def test_add_a_guide_source_that_samples_a_checkpoint(tmp_path: Path, monkeypatc
 def test_add_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps with the page's engine: its weights are synced and checked, its log-probabilities are the trainer's."""
     monkeypatch.chdir(tmp_path)
-    with ENGINES.registered(class_of("add-an-engine.md", "PlainEngine")):
+    with ENGINES.registered(plug_in_of("add-an-engine.md", "PlainEngine")):
         run("train", "micro", "r", *TINY, "engine.kind=plain")
     rows = [json.loads(line) for line in Path("r/branches/main/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -168,7 +168,7 @@ def test_add_a_mix_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     mixing = ("guide.inject.mode=hardest", "guide.inject.max_accuracy=1")
     run("train", "micro", "r", *small)
     run("sample-guide", "r", "--at", "0", "--source", "2", "--name", "g")
-    with MIX_STRATEGIES.registered(class_of("add-a-method.md", "HardestGroups")):
+    with MIX_STRATEGIES.registered(plug_in_of("add-a-method.md", "HardestGroups")):
         run("resume", "r", "--at", "0", "--guide", "g", "--new-branch", "npo", *mixing)
     log = RolloutLog(open_run(Path("r")).rollouts_path("npo"))
     for step in (1, 2):
@@ -177,3 +177,21 @@ def test_add_a_mix_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         left_out = [group for group in groups if group.injection_status == "gate_closed"]
         assert (len(injected), len(left_out)) == (2, 1)
         assert max(each.on_policy.accuracy for each in injected) <= left_out[0].on_policy.accuracy
+
+
+def test_add_an_importance_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The denominator is the geometric mean, and a replay uses it on the slots of the guide."""
+    from torch import tensor
+
+    monkeypatch.chdir(tmp_path)
+    ratio = plug_in_of("add-a-method.md", "geometric_ratio", number=1)
+    old, guide = tensor([[-1.0, -2.0]]), tensor([[-3.0, -2.5]])
+    logps = PolicyLogps(current_NT=old, old_NT=old, behavior_NT=guide)
+    assert ratio.compute_anchor(logps, load_recipe("micro").guide.inject).logps_NT.tolist() == [[-2.0, -2.25]]
+    run("train", "micro", "r", *TINY, "guide.cache.keep=all", *WHOLE_REPLAY)
+    run("sample-guide", "r", "--at", "0", "--source", "2", "--name", "g")
+    with IMPORTANCE_RATIOS.registered(ratio):
+        run("resume", "r", "--at", "0", "--guide", "g", "--new-branch", "npo", "guide.inject.ratio=geometric")
+    rows = [json.loads(line) for line in Path("r/branches/npo/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert sum(row["inject/slots"] for row in rows) > 0
