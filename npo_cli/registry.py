@@ -63,7 +63,7 @@ class Registry:
             raise NpoError(f"{start} cannot be imported: {reason}", f"fix or uninstall {owner}") from error
         base = self.load_base()
         if not isinstance(found, base) and not (isinstance(found, type) and issubclass(found, base)):
-            raise NpoError(f"{start} is not a {base.__name__} (entry points {self.group})", f"fix {owner}")
+            raise NpoError(f"{start} is no {base.__name__} (entry points {self.group})", f"fix {owner}")
         name = getattr(found, "name", None)
         if name != point.name:
             raise NpoError(f"{start} has the name {name!r}", f"declare it under its own name in {owner}")

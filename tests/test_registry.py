@@ -53,7 +53,7 @@ def test_registry_lists_and_loads_entry_points_of_other_packages(monkeypatch):
     [
         ("gnu", "no_such_module:Gnu", "ModuleNotFoundError"),
         ("gnu", f"{__name__}:Gnu", "AttributeError"),
-        ("counter", "collections:Counter", "is not a UserString"),
+        ("counter", "collections:Counter", "is no UserString"),
         ("gnu", f"{__name__}:Ape", "has the name 'ape'"),
     ],
 )
