@@ -1,6 +1,6 @@
 """How far to roll back: Q, V, S and the forecast of every distance from one probe of failed prompts; choose, accept.
 
-The estimator is that of guide candidates (scoring/candidates.py). Here the candidates are nested slices, all prompts
+The estimator is that of guide candidates (scoring/signal.py). Here the candidates are nested slices, all prompts
 that failed within the last D steps; a slice consists of strata of age, and a prompt of a stratum of N_j failed prompts,
 M_j of them probed, has the weight N_j/M_j. V is estimated from both sides, which the mathematics allows for kinds
 made of a KL only (BIDIRECTIONAL_KINDS):
@@ -23,17 +23,6 @@ from numpy.typing import NDArray
 
 from npo_cli.autonpo.sequential_test import MIN_POWER, ONLY_LOOK, Look, conditional_power, critical_value
 from npo_cli.config.autonpo import AutonpoSettings
-from npo_cli.scoring.candidates import (
-    SELECTION_RULES,
-    Candidate,
-    Drift,
-    build_drift,
-    estimate_signal,
-    log_signals,
-    p_best,
-    profile_formulas,
-    trusted_formula,
-)
 from npo_cli.scoring.forecast import Forecast, ReplaySegment, expect_guide_tokens, forecast_replay
 from npo_cli.scoring.quality import (
     Z_95,
@@ -47,6 +36,17 @@ from npo_cli.scoring.quality import (
     newcombe,
     percentile_interval,
     wilson,
+)
+from npo_cli.scoring.signal import (
+    SELECTION_RULES,
+    Candidate,
+    Drift,
+    build_drift,
+    estimate_signal,
+    log_signals,
+    p_best,
+    profile_formulas,
+    trusted_formula,
 )
 from npo_cli.scoring.variance import SampleRatio, SignalFormula, VarianceKind, log_sum_exp
 from npo_cli.scoring.weight_diagnostics import MIN_SAMPLES, select_variance_samples

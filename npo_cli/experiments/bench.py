@@ -22,8 +22,8 @@ from npo_cli.config.locate import find_method
 from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.launch import strip_launch_variables
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly, quote_path
+from npo_cli.experiments.bench_plan import BenchRun, Command, build_commands, check_plan, find_remaining_command
 from npo_cli.experiments.bootstrap import area_weights
-from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, check_plan, find_remaining_command
 from npo_cli.session.session import open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.bench_dir import DONE_FILE, hold_bench, load_commands, save_bench_index, save_commands

@@ -11,7 +11,7 @@ from npo_cli.experiments.bench import (
     keep_permissions,
     make_bench_run,
 )
-from npo_cli.experiments.method_plan import CommandSpan, list_spans
+from npo_cli.experiments.bench_plan import CommandSpan, list_spans
 from npo_cli.guides.source import parse_spec
 from npo_cli.registry import GUIDE_SOURCES
 from npo_cli.session.dry_run import plan_samples, plan_steps

@@ -220,7 +220,7 @@ def _check_engine(recipe: Recipe) -> Iterator[ProjectCheck]:
 
 def _check_prompts(recipe: Recipe, loaded: LoadedPrompts, places: Mapping[str, str]) -> Iterator[ProjectCheck]:
     """Lengths against the limits, and one prompt as the model reads it."""
-    from npo_cli.preflight.prompts import check_prompts
+    from npo_cli.preflight.prompt_lengths import check_prompts
 
     prompts = (*loaded.train, *loaded.heldout)
     if any(prompt.images for prompt in prompts):

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from npo_cli.errors import NpoError
-from npo_cli.scoring.candidates import (
+from npo_cli.scoring.forecast import ReplaySegment, expect_guide_tokens, forecast_replay
+from npo_cli.scoring.quality import Floats, PromptPassCount, bootstrap_counts, pass_at_k
+from npo_cli.scoring.signal import (
     Candidate,
     Selection,
     build_drift,
@@ -20,8 +22,6 @@ from npo_cli.scoring.candidates import (
     split_quality_net,
     trusted_formula,
 )
-from npo_cli.scoring.forecast import ReplaySegment, expect_guide_tokens, forecast_replay
-from npo_cli.scoring.quality import Floats, PromptPassCount, bootstrap_counts, pass_at_k
 from npo_cli.scoring.variance import HEAVY_TAILED, SampleRatio, SignalFormula, compute_moments
 from npo_cli.scoring.weight_diagnostics import MIN_SAMPLES, has_enough_correct, select_variance_samples
 from npo_cli.types.scores import NO_GUIDE, CandidateScore

@@ -1,6 +1,8 @@
 """What a rollback restores besides the weights: optimizer state, data position and seeds (`autonpo.rollback`).
 
-By default all but the sampling seeds are those of the old step. The other choices are ablations.
+By default all but the sampling seeds are those of the old step. The other choices are ablations. The fork itself, a new
+branch at an earlier checkpoint, is in `start_point.py` and `resume.py`; how far AutoNPO goes back, in
+`autonpo/rollback_choice.py`.
 """
 
 from dataclasses import replace

@@ -144,7 +144,7 @@ def test_add_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_add_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's file changes the recipe, and its commands are commands of npo with their options."""
-    from npo_cli.experiments.method_plan import BenchRun, build_commands
+    from npo_cli.experiments.bench_plan import BenchRun, build_commands
     from tests.docs.test_docs import check_command
 
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.config.loading import load_recipe
-from npo_cli.experiments.method_plan import BenchRun, build_commands
+from npo_cli.experiments.bench_plan import BenchRun, build_commands
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.memory.planner import plan_resources
 from npo_cli.policy.model_folder import MICRO_BASE_FOLDER

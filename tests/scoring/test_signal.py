@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_cli.scoring.candidates import (
+from npo_cli.scoring.quality import bootstrap_counts
+from npo_cli.scoring.signal import (
     Candidate,
     argmax,
     build_drift,
@@ -19,7 +20,6 @@ from npo_cli.scoring.candidates import (
     split_quality_net,
     to_signals,
 )
-from npo_cli.scoring.quality import bootstrap_counts
 from tests.scoring.samples import formula, make_drifted_ratio
 
 LOGNORMAL = formula("seq2_lognormal")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.experiments.method_plan import BenchRun, build_commands, find_remaining_command
+from npo_cli.experiments.bench_plan import BenchRun, build_commands, find_remaining_command
 from tests.helpers.runs import TINY, copy_run, resume, sample, train
 
 
@@ -20,7 +20,7 @@ def as_typed(found: list[tuple[str, ...]], folder: Path) -> list[str]:
     return [" ".join(word for word in words if "=" not in word).replace(str(folder / "run"), "RUN") for words in found]
 
 
-def test_method_plan_of_npo_early_and_late_is_five_commands(tmp_path):
+def test_bench_plan_of_npo_early_and_late_is_five_commands(tmp_path):
     here = bench_run(
         tmp_path,
         "matched/npo",
@@ -42,7 +42,7 @@ def test_method_plan_of_npo_early_and_late_is_five_commands(tmp_path):
     assert not any("=" in word for words in found[1:] for word in words)
 
 
-def test_method_plan_with_periods_repeats_to_the_last_step(tmp_path):
+def test_bench_plan_with_periods_repeats_to_the_last_step(tmp_path):
     found = build_commands(bench_run(tmp_path, "controls/forward-probe", "train.num_steps=50"))
     assert as_typed(found, tmp_path)[0].endswith("--until 0")
     assert as_typed(found, tmp_path)[-2:] == [
@@ -52,19 +52,19 @@ def test_method_plan_with_periods_repeats_to_the_last_step(tmp_path):
     assert len(found) == 1 + 2 * 3
 
 
-def test_method_plan_teacher_options_depend_on_the_seed(tmp_path):
+def test_bench_plan_teacher_options_depend_on_the_seed(tmp_path):
     found = build_commands(bench_run(tmp_path, "luffy", teacher="--source file --from 'my traces-{seed}.jsonl'"))
     assert found[1][-6:] == ("--source", "file", "--from", "my traces-7.jsonl", "--name", "teacher")
 
 
-def test_method_plan_refuses_missing_settings(tmp_path):
+def test_bench_plan_refuses_missing_settings(tmp_path):
     with pytest.raises(NpoError, match="method luffy needs a teacher"):
         build_commands(bench_run(tmp_path, "luffy"))
     with pytest.raises(NpoError, match=r"method npo-late needs guide.replay.guide_step"):
         build_commands(bench_run(tmp_path, "npo-late", "guide.replay.at_step=2"))
 
 
-def test_method_plan_skips_done_commands_and_resumes_an_interrupted_one(scout, tmp_path):
+def test_bench_plan_skips_done_commands_and_resumes_an_interrupted_one(scout, tmp_path):
     """The scout has 4 steps on main and the guide `near`."""
     here = bench_run(tmp_path, "matched/npo-late", "guide.replay.at_step=2", "guide.replay.guide_step=4")
     training, sampling, replayed = build_commands(here)
@@ -85,7 +85,7 @@ def test_method_plan_skips_done_commands_and_resumes_an_interrupted_one(scout, t
     assert find_remaining_command(replayed, here) is None
 
 
-def test_method_plan_restarts_a_run_killed_before_its_first_checkpoint(tmp_path):
+def test_bench_plan_restarts_a_run_killed_before_its_first_checkpoint(tmp_path):
     here = bench_run(tmp_path, "controls/base-guide")
     train(here.run, until=0)
     training = build_commands(here)[0]
