@@ -1,12 +1,13 @@
 """`npo plan`."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import JsonOpt, MethodOpt, OverridesArg, RecipeArg, make_results_option
+from npo_cli.cli.options import FullOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, make_results_option
 from npo_cli.cli.output import print_records
 from npo_cli.types.memory import Hardware, ResourceNeed
 
@@ -33,6 +34,7 @@ def plan(
     method: MethodOpt = None,
     autonpo: Annotated[bool, typer.Option("--autonpo", help="Include AutoNPO's branches.")] = False,
     out: Annotated[Path | None, make_results_option("the needs of memory and disk")] = None,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Estimate GPU memory, host memory and disk space of a run.
@@ -49,7 +51,9 @@ def plan(
     )
 
     from npo_cli.memory.planner import plan_resources, validate_fits
+    from npo_cli.report.conclusions import conclude_plan
 
     estimates = list(plan_resources(recipe, overrides or (), method=method, hardware=hardware, autonpo=autonpo))
-    print_records(estimates, as_json=as_json, out=out, saved_as=ResourceNeed)
+    conclude = partial(conclude_plan, recipe)
+    print_records(estimates, as_json=as_json, full=full, conclude=conclude, out=out, saved_as=ResourceNeed)
     validate_fits(estimates, hardware)

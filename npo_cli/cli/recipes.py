@@ -37,7 +37,12 @@ def recipes(
         recipe = load_recipe(name, method=method)
         print_data(json.dumps(recipe_to_dict(recipe)) if as_json else recipe_to_yaml(recipe).rstrip())
         return
-    print_records(list(_list_methods() if methods else _list_recipes()), as_json=as_json)
+    from npo_cli.types.views import Conclusion
+
+    views = list(_list_methods() if methods else _list_recipes())
+    kind, one = ("methods", f"micro --method {views[0].name}") if methods else ("recipes", views[0].name)
+    conclusion = Conclusion(sentence=f"{len(views)} {kind} are shipped", next=f"npo recipes {one}")
+    print_records([*views, conclusion], as_json=as_json)
 
 
 def _list_recipes() -> "Iterator[RecipeView]":

@@ -23,6 +23,7 @@ from npo_cli.types.calibration import CandidateGain, RuleResult
 from npo_cli.types.comparison import MethodDifference, MethodSummary, MethodTimeToThreshold
 from npo_cli.types.costs import CostToThreshold, RunCosts
 from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.memory import PeakUsage
 from npo_cli.types.rollouts import CheckpointEntry, CheckpointSaved, EvalReport, Segment, StepReport
 from npo_cli.types.scores import CandidateScore, choose_guide
 from npo_cli.types.views import (
@@ -395,6 +396,19 @@ def conclude_bench(out: Path, records: Records) -> Conclusion:
     methods = dict.fromkeys(method for method, _ in index)
     sentence = f"{len(index)} runs of {len(methods)} methods are finished: {', '.join(methods)}"
     return Conclusion(sentence=sentence, next=f"npo compare {quote_path(out)}")
+
+
+def conclude_plan(recipe: str, records: Records) -> Conclusion:
+    """The peak of each place, beside its limit."""
+    peaks = select(records, PeakUsage)
+    needs = ", ".join(
+        f"{one.location} {format_bytes(one.num_bytes)}"
+        + ("" if one.limit_bytes is None else f" of {format_bytes(one.limit_bytes)}")
+        for one in peaks
+    )
+    if all(one.fits for one in peaks):
+        return Conclusion(sentence=f"{recipe} fits: {needs}", next=f"npo train {shlex.quote(recipe)}")
+    return Conclusion(sentence=f"{recipe} does not fit: {needs}")
 
 
 def conclude_dry_run(command: Sequence[str], records: Records) -> Conclusion:

@@ -59,7 +59,7 @@ def summarize_run(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
         ("updates executed", format_count(spent.updates)),
         ("tokens generated", format_count(spent.tokens)),
         ("seconds", f"{spent.seconds:,.1f}"),
-        ("started", info.created),
+        ("started", f"{info.created[:10]} {info.created[11:16]} UTC"),
         ("npo", info.npo_version),
         ("run", info.run_id[:12]),
     )

@@ -122,19 +122,16 @@ def _draw(
     distances, values, lows, highs = zip(*((one.distance, one.value, one.low, one.high) for one in known), strict=True)
     bars = _error_bars(values, lows, highs)
     panel.errorbar(distances, values, yerr=bars, color=colour, ecolor=f"{colour}88", fmt="o-", lw=2, ms=5, capsize=3)
-    for one in known:
-        if one.selected_label is not None:
-            _draw_ring(panel, (one.distance, one.value), colour)
-            # On the side with more space.
-            side, ha = (12, "left") if one.distance < max(distances) / 2 else (-12, "right")
-            at = (one.distance, one.value)
-            panel.annotate(one.selected_label, at, xytext=(side, 9), textcoords="offset points", ha=ha)
     if is_variance and _spans_magnitudes(values, lows):
         panel.set_yscale("log")
     else:
         panel.set_ylim(fit_limits([*values, *lows, *highs] if is_variance else [0.0, *values, *lows, *highs]))
     panel.set_xlim(0, 1.05 * max(distances) or 1)
     panel.xaxis.get_major_locator().set_params(integer=True)
+    for one in known:
+        if one.selected_label is not None:
+            _draw_ring(panel, (one.distance, one.value), colour)
+            _draw_label(panel, (one.distance, one.value), one.selected_label)
 
 
 def _error_bars(values: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> list[list[float]]:
@@ -144,7 +141,14 @@ def _error_bars(values: Sequence[float], lows: Sequence[float], highs: Sequence[
 
 
 def _draw_ring(panel: "Axes", at: tuple[float, float], colour: str) -> None:
-    panel.plot(*at, marker="o", ms=14, color=colour, fillstyle="none", mew=2)
+    panel.plot(*at, marker="o", ms=14, color=colour, fillstyle="none", mew=2, clip_on=False)
+
+
+def _draw_label(panel: "Axes", at: tuple[float, float], label: str) -> None:
+    """Beside a point, on the sides with more space: never over the title or outside."""
+    across, up = panel.transAxes.inverted().transform(panel.transData.transform(at))
+    side, ha = (12, "left") if across < 0.5 else (-12, "right")
+    panel.annotate(label, at, xytext=(side, 9 if up < 0.5 else -18), textcoords="offset points", ha=ha)
 
 
 def _spans_magnitudes(values: Sequence[float], lows: Sequence[float]) -> bool:

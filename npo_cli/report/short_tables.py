@@ -25,6 +25,7 @@ from npo_cli.report.tables import TABLES, metric_column, summarize_branches
 from npo_cli.report.tables_autonpo import REASON_MEANINGS, describe_evidence
 from npo_cli.report.tables_compare import SEEDS, describe_final, format_cost
 from npo_cli.report.tables_costs import compare_costs
+from npo_cli.report.tables_memory import short_allocations_tables
 from npo_cli.report.tables_scores import name_variance, sort_candidates
 from npo_cli.types.autonpo import NonTriggerSpan, ProbeResult, Transition
 from npo_cli.types.calibration import CandidateGain, RuleResult
@@ -38,6 +39,7 @@ from npo_cli.types.comparison import (
 )
 from npo_cli.types.costs import CostToThreshold, RunCosts
 from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.memory import Allocation
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
 from npo_cli.types.scores import CandidateScore
 from npo_cli.types.views import GroupView, PromptHistory, PromptVisit, RolloutView, RunListing
@@ -467,5 +469,6 @@ SHORT_TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     PromptHistory: short_history_tables,
     PromptVisit: short_visits_tables,
     RunListing: short_runs_tables,
+    Allocation: short_allocations_tables,
 }
 """The tables of each kind of record without `--full`, in the order of `TABLES`."""

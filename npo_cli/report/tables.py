@@ -26,7 +26,7 @@ from npo_cli.report.tables_costs import cost_to_threshold_tables
 from npo_cli.report.tables_dry_run import DRY_RUN_TABLES
 from npo_cli.report.tables_memory import PLAN_TABLES
 from npo_cli.report.tables_scores import scores_tables
-from npo_cli.report.tables_settings import SETTING_TABLES
+from npo_cli.report.tables_settings import SETTING_TABLES, wrap_rows
 from npo_cli.types.costs import CostToThreshold
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
@@ -220,8 +220,10 @@ def _mean_reward(line: GroupView) -> float | None:
 
 
 def recipes_tables(views: Sequence[RecipeView]) -> tuple[Table, ...]:
-    """Recipes by name."""
-    return (build_table("Recipes", views, (text_column("name"), text_column("purpose", "description"))),)
+    """Recipes or methods by name."""
+    header = ("name", "purpose")
+    rows = tuple(wrap_rows(((one.name, one.description) for one in views), header=header))
+    return (Table(title="Recipes", header=header, rows=rows),)
 
 
 def runs_tables(runs: Sequence[RunListing]) -> tuple[Table, ...]:

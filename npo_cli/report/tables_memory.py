@@ -5,17 +5,21 @@ from collections.abc import Sequence
 from npo_cli.report.table import Column, Table, bool_column, build_table, format_bytes, text_column
 from npo_cli.types.memory import Allocation, PeakUsage, SettingChange
 
+WHERE_NOTE = "gpu: each training GPU; engine gpu: each of a server; host: each machine."
 SIZE = Column("size", lambda one: format_bytes(one.num_bytes))
+
+WHAT = (text_column("where", "location"), text_column("phase"), text_column("what", "label"), SIZE)
 
 
 def allocations_tables(allocations: Sequence[Allocation]) -> tuple[Table, ...]:
     """One row per allocation; of a GPU or a machine: of each one."""
-    columns = (
-        *(text_column("where", "location"), text_column("phase"), text_column("what", "label"), SIZE),
-        text_column("formula"),
-    )
-    note = "gpu: each training GPU; engine gpu: each GPU of a server; host: each machine; disk: the whole run"
-    return (build_table("Memory and disk", allocations, columns, notes=(note,)),)
+    return (build_table("Memory and disk", allocations, (*WHAT, text_column("formula")), notes=(WHERE_NOTE,)),)
+
+
+def short_allocations_tables(allocations: Sequence[Allocation]) -> tuple[Table, ...]:
+    """The same without the formulas."""
+    notes = (WHERE_NOTE, "uncounted: a tenth of what is counted. --full adds the formulas.")
+    return (build_table("Memory and disk", allocations, WHAT, notes=notes),)
 
 
 def peak_usage_tables(peaks: Sequence[PeakUsage]) -> tuple[Table, ...]:

@@ -105,8 +105,8 @@ def _variance_table(scores: Sequence[CandidateScore]) -> Table:
         *(number_column("length", "mean_length", digits=1), number_column("ESS", "ess_fraction")),
         *(number_column("pass@1", "pass_at_1"), number_column("pass@k", "pass_at_k")),
     )
-    title = f"{name_variance(scores)} by kind (* enters S; KL in nats, length in tokens)"
-    return build_table(title, scores, columns, notes=_refuted_notes((own, *kinds)), drops_empty=True)
+    notes = ("*: enters S. KL in nats, length in tokens.", *_refuted_notes((own, *kinds)))
+    return build_table(f"{name_variance(scores)} by kind", scores, columns, notes=notes, drops_empty=True)
 
 
 def _name_kind(kind: str) -> str:
@@ -129,5 +129,5 @@ def _p_best_table(scores: Sequence[CandidateScore]) -> Table:
         *(text_column("candidate"), count_column("distance")),
         *(Column(_name_kind(kind), lambda one, kind=kind: share(one, kind)) for kind in kinds),
     )
-    title = "p(best) by kind of V: share of resamples with the largest S (* the largest S without resampling)"
-    return build_table(title, scores, columns)
+    notes = ("p(best): share of resamples with the largest S. *: the largest S without resampling.",)
+    return build_table("p(best) by kind of V", scores, columns, notes=notes)

@@ -13,6 +13,7 @@ from npo_cli.cli.train import choose_run_directory, split_arguments
 from npo_cli.config.loading import load_recipe, recipe_to_dict
 from npo_cli.config.locate import list_recipe_names
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly
+from tests.helpers.cli_errors import json_rows
 
 runner = CliRunner()
 
@@ -56,7 +57,7 @@ def test_options_are_no_abbreviations_of_torchrun_options():
 
 def test_recipes_lists_every_shipped_recipe():
     result = runner.invoke(cli.app, ["recipes", "--json"])
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    lines = json_rows(result.stdout)
     assert [line["name"] for line in lines] == list(list_recipe_names())
     assert all(line["description"] and line["path"].endswith(".yaml") for line in lines)
 

@@ -1,8 +1,6 @@
 """`npo plan` as it is typed."""
 
-import json
-
-from tests.helpers.cli_errors import assert_refused, npo
+from tests.helpers.cli_errors import assert_refused, json_rows, npo
 
 SMALL = ("--gpu-mem", "1.85", "--disk", "100")
 
@@ -10,7 +8,7 @@ SMALL = ("--gpu-mem", "1.85", "--disk", "100")
 def test_plan_lists_allocations_that_sum_to_the_peaks():
     result = npo("plan", "micro", "--disk", "1", "--json")
     assert result.code == 0
-    lines = [json.loads(line) for line in result.out.splitlines()]
+    lines = json_rows(result.out)
     assert {line["record"] for line in lines} == {"allocation", "peak_usage"}
     peaks = {line["location"]: line for line in lines if line["record"] == "peak_usage"}
     assert set(peaks) == {"gpu", "host", "disk"}
@@ -18,6 +16,19 @@ def test_plan_lists_allocations_that_sum_to_the_peaks():
         phases = ("always", peak["peak_phase"])
         here = [line for line in lines if line["record"] == "allocation" and line["location"] == location]
         assert sum(line["num_bytes"] for line in here if line["phase"] in phases) == peak["num_bytes"]
+
+
+def test_plan_ends_in_the_peaks_and_fits_80_columns():
+    result = npo("plan", "micro", "--gpu-mem", "8", "--host-mem", "64", "--disk", "1")
+    sentence, *tables, last = result.out.split("\n\n")
+    assert max(map(len, result.out.splitlines())) <= 80
+    peaks = [line for line in tables[-1].splitlines() if line.startswith(("gpu", "host", "disk"))]
+    for line in peaks:
+        place, size, unit, *_ = line.split()
+        assert f"{place} {size} {unit} of " in " ".join(sentence.split())
+    assert (len(peaks), last) == (3, "next: npo train micro\n")
+    assert tables[0].splitlines()[1].split() == ["where", "phase", "what", "size"]
+    assert npo("plan", "micro", "--disk", "1", "--full").out.split("\n\n")[1].splitlines()[1].split()[-1] == "formula"
 
 
 def test_plan_that_does_not_fit_names_a_setting_that_helps():

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from npo_cli.cli.commands import COMMANDS
 from npo_cli.cli.terminal import CLEAR_LINE
 from tests.helpers.cli_errors import SMALL, npo
 
@@ -231,3 +232,26 @@ def test_errors_on_a_terminal_are_cut_between_words_and_their_commands_are_not(r
     assert max(map(len, message)) <= 40
     again = f"npo resume {run} --at 2"
     assert hint == f"  try: {again} --guide NAME, or {again} --no-guide"
+
+
+ALL_COMMANDS = """
+import json, sys
+from npo_cli.cli import main as entry
+from npo_cli.cli.commands import COMMANDS
+
+loaded = {}
+for name, command in COMMANDS.items():
+    module = "npo_cli.cli." + command.target.partition(":")[0]
+    entry.show_loading = lambda: loaded.setdefault(name, module in sys.modules)
+    try:
+        entry.main([name, "--no-such-option"])
+    except SystemExit:
+        loaded[name] = [loaded.get(name), module in sys.modules]
+print(json.dumps(loaded))
+"""
+
+
+def test_every_command_says_that_it_loads_before_its_module_is_imported():
+    """The module is not imported when the line is shown, and is after it."""
+    loaded = json.loads(launched(code=ALL_COMMANDS).stdout)
+    assert loaded == {name: [False, True] for name in COMMANDS}

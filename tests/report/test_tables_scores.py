@@ -46,7 +46,7 @@ def test_scores_of_every_variance_kind_beside_the_one_in_the_signal():
         *("candidate", "distance", "group2 (refuted) *", "kl_exp", "seq2", "KL/token", "KL/sequence", "length"),
     )
     assert kinds.rows[0][:8] == ("checkpoint:100", "20", "2.000", "1.100", "30.000", "0.020", "0.300", "15.0")
-    assert kinds.notes[0].startswith("refuted: with group2, S named the worst")
+    assert kinds.notes[1].startswith("refuted: with group2, S named the worst")
 
 
 def test_scores_p_best_under_each_variance_kind():
