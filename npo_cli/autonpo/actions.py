@@ -23,6 +23,7 @@ from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides.build_cache import fill_cache, new_cache_info
 from npo_cli.guides.source import ReplayTarget, filter_correct, make_spec
 from npo_cli.guides.sources.checkpoint import CheckpointSource
+from npo_cli.policy.weights_io import hold_weights
 from npo_cli.scoring.quality import cluster_interval
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner
@@ -77,7 +78,8 @@ def perform_probe(
         return PrerequisiteMissing(
             reason=f"no full checkpoint {' or '.join(map(str, probe.distances))} steps before step {state.step}"
         )
-    return ProbeFinished(result=(yield from run_probe(probe)))
+    with hold_weights():
+        return ProbeFinished(result=(yield from run_probe(probe)))
 
 
 # GUIDE_GEN

@@ -26,6 +26,7 @@ from npo_cli.guides.collect_samples import (
 from npo_cli.guides.source import GuideSource
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.policy.model import Policy
+from npo_cli.policy.weights_io import hold_weights
 from npo_cli.report.score_plots import plot_scores
 from npo_cli.scoring.forecast import ReplaySegment
 from npo_cli.scoring.halving import HalvingRound, select_survivors
@@ -64,7 +65,11 @@ def score_run(
     run = open_run(root)
     learner, candidates = find_candidates(run, at=at, sources=sources, branch=branch, overrides=overrides)
     recipe = learner.recipe
-    with lock_run(run), open_task_and_policy(recipe, learner.checkpoint, run=run) as (task, policy):
+    with (
+        lock_run(run),
+        hold_weights(),
+        open_task_and_policy(recipe, learner.checkpoint, run=run) as (task, policy),
+    ):
         scores = yield from score_candidates(run, learner, candidates, task=task, policy=policy)
     for warning in (variance_range_warning(scores), sample_count_warning(recipe)):
         if warning:

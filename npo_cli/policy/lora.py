@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from npo_cli.config.recipe import LoraSettings
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
-from npo_cli.policy.weights_io import check_tensors, copy_tensors, read_tensors, weights_digest
+from npo_cli.policy.weights_io import check_tensors, copy_tensors, read_saved, weights_digest
 
 TENSORS_FILE, CONFIG_FILE, BASE_FILE = "adapter_model.safetensors", "adapter_config.json", "npo_base.json"
 ADAPTER_NAME = "default"
@@ -157,11 +157,11 @@ def load_adapters(model: PreTrainedModel, adapters: AdapterInfo, folder: Path) -
 
 def read_fitting_adapters(model: PreTrainedModel, adapters: AdapterInfo, folder: Path) -> dict[str, Tensor]:
     """A folder's adapters, after a check that base, config and tensors match the model's."""
-    tensors = read_tensors(folder, TENSORS_FILE)
+    saved = read_saved(folder, TENSORS_FILE)
     _check_base(adapters, folder)
     _check_config(adapters, folder)
-    check_tensors(adapter_tensors(model), tensors, folder)
-    return tensors
+    check_tensors(adapter_tensors(model), saved.tensors, folder, bad_values=saved.bad_values)
+    return dict(saved.tensors)
 
 
 def _check_base(adapters: AdapterInfo, folder: Path) -> None:

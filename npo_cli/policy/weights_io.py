@@ -7,8 +7,12 @@ before the first one is copied.
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +26,13 @@ MAX_WEIGHT = 1e10
 """Larger weights, such as 1e30, come from damage: their products overflow."""
 
 
+MAX_HELD_BYTES = 2_000_000_000
+MODEL_FILES = "model*.safetensors"
 INTEGER_TYPES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"})
 NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 
 
-def read_tensors(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Tensor]:
+def read_tensors(folder: Path, pattern: str = MODEL_FILES) -> dict[str, Tensor]:
     """All tensors in the folder's files that match the pattern."""
     files = sorted(folder.glob(pattern))
     if not files:
@@ -40,6 +46,66 @@ def read_tensors(folder: Path, pattern: str = "model*.safetensors") -> dict[str,
     return tensors
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedTensors:
+    """What a checkpoint folder holds."""
+
+    tensors: Mapping[str, Tensor]
+    bad_values: Mapping[str, Sequence[str]]
+    """Names of tensors with values that no trained weight has."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+FileStates: TypeAlias = tuple[tuple[str, int, int, int], ...]
+
+
+class HeldWeights:
+    """Folders that were read and checked, by the state of their files; of several the ones used last, up to 2 GB."""
+
+    def __init__(self) -> None:
+        self.found: OrderedDict[tuple[Path, FileStates], SavedTensors] = OrderedDict()
+
+    def read(self, folder: Path, pattern: str) -> SavedTensors:
+        """What is held of these files, read where they are not the same ones."""
+        stats = [(path.name, path.stat()) for path in sorted(folder.glob(pattern))]
+        key = folder, tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        if key not in self.found:
+            self.found[key] = _read_saved(folder, pattern)
+        self.found.move_to_end(key)
+        while len(self.found) > 1 and sum(saved.num_bytes for saved in self.found.values()) > MAX_HELD_BYTES:
+            self.found.popitem(last=False)
+        return self.found[key]
+
+
+_held: HeldWeights | None = None
+
+
+@contextmanager
+def hold_weights() -> Iterator[None]:
+    """Within the block, weights that are loaded into a model again and again are read and checked once."""
+    global _held
+    before = _held
+    _held = before or HeldWeights()
+    try:
+        yield
+    finally:
+        _held = before
+
+
+def read_saved(folder: Path, pattern: str = MODEL_FILES) -> SavedTensors:
+    """The folder's tensors and what is wrong with their values; not to be changed, they may be held."""
+    return _read_saved(folder, pattern) if _held is None else _held.read(folder, pattern)
+
+
+def _read_saved(folder: Path, pattern: str) -> SavedTensors:
+    tensors = read_tensors(folder, pattern)
+    return SavedTensors(tensors=tensors, bad_values=_bad_values(tensors))
+
+
 def tied_names(model: PreTrainedModel) -> list[set[str]]:
     """Sets of names that share one storage, such as embedding and head of a tied model."""
     by_storage: dict[int, set[str]] = {}
@@ -49,16 +115,25 @@ def tied_names(model: PreTrainedModel) -> list[set[str]]:
 
 
 def check_tensors(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path, *, tied: Sequence[set[str]] = ()
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    tied: Sequence[set[str]] = (),
+    bad_values: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Raise unless the tensors match the model's own one to one; of tied names one is enough."""
+    """Raise unless the tensors match the model's own one to one; of tied names one is enough.
+
+    `bad_values`: what is known of their values; None: they are looked at.
+    """
     optional = {name for names in tied if names & tensors.keys() for name in names}
     missing = sorted(own.keys() - tensors.keys() - optional)
     extra = sorted(tensors.keys() - own.keys())
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
     kinds = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point())
     findings = {"missing": missing, "extra": extra, "of another shape": shapes, "of whole numbers": kinds}
-    _raise_for(findings | _bad_values(tensors), folder, damaged_checkpoint_hint(folder))
+    bad_values = _bad_values(tensors) if bad_values is None else bad_values
+    _raise_for({**findings, **bad_values}, folder, damaged_checkpoint_hint(folder))
 
 
 def check_loaded_weights(
@@ -149,9 +224,9 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def read_fitting_weights(model: PreTrainedModel, folder: Path, *, tied: Sequence[set[str]]) -> dict[str, Tensor]:
     """The folder's weights, after a check that they match the model's."""
-    tensors = read_tensors(folder)
-    check_tensors(model.state_dict(), tensors, folder, tied=tied)
-    return tensors
+    saved = read_saved(folder)
+    check_tensors(model.state_dict(), saved.tensors, folder, tied=tied, bad_values=saved.bad_values)
+    return dict(saved.tensors)
 
 
 @torch.no_grad()

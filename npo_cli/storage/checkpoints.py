@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -349,6 +350,12 @@ def _find_file_damage(path: str, entry: Mapping[str, Any], *, deep: bool) -> str
         return f"{path} is missing"
     if found.st_size != entry["size"]:
         return f"{path} has {found.st_size:,} bytes, but {entry['size']:,} were saved"
-    if deep and hash_file(Path(path)) != entry["sha256"]:
+    if deep and _hash_version(path, (found.st_ino, found.st_size, found.st_mtime_ns)) != entry["sha256"]:
         return f"{path} does not have the sha256 that was saved"
     return None
+
+
+@lru_cache(maxsize=4096)
+def _hash_version(path: str, version: tuple[int, int, int]) -> str:
+    """sha256 of a file, read once for one state of it (inode, size and time)."""
+    return hash_file(Path(path))

@@ -13,10 +13,12 @@ from npo_cli.guides.candidates import create_candidates
 from npo_cli.guides.collect_samples import SCREENING
 from npo_cli.guides.score import open_scoring_state, rank_round
 from npo_cli.guides.source import parse_spec
+from npo_cli.policy import weights_io
 from npo_cli.scoring.ranking import NO_LOGPROBS_NOTE, RECORDED_NOTE
 from npo_cli.scoring.variance import VARIANCE_ESTIMATORS
 from npo_cli.session.learner import find_learner
 from npo_cli.session.session import build_session, open_policy, open_task
+from npo_cli.storage import checkpoints
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.log_head import rewrite_head
@@ -446,3 +448,15 @@ def test_score_refuses_an_unusable_candidate_before_sampling(two_epochs, tmp_pat
     with pytest.raises(NpoError, match=message.replace(".", r"\.")):
         score_by_name(root, *sources, **options)
     assert sorted(root.rglob("*")) == before
+
+
+def test_weights_of_a_candidate_are_read_and_hashed_once(line, tmp_path, monkeypatch):
+    root, reads, hashed = copy_run(line, tmp_path / "run"), Counter(), Counter()
+    load_file, hash_file = weights_io.load_file, checkpoints.hash_file
+    monkeypatch.setattr(weights_io, "load_file", lambda path: reads.update([path]) or load_file(path))
+    monkeypatch.setattr(checkpoints, "hash_file", lambda path: hashed.update([path]) or hash_file(path))
+    # 4 candidates in 2 rounds; the learner's weights are needed before and after each.
+    score(root, *QUICK, "scoring.budget=8", at=0)
+    weights = [root / f"branches/main/checkpoints/step_{step:06d}/model.safetensors" for step in range(5)]
+    assert reads == Counter(weights)
+    assert {path: count for path, count in hashed.items() if path in weights} == dict.fromkeys(weights, 1)

@@ -9,7 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.weights_io import load_weights, read_tensors, tied_names, weights_digest
+from npo_cli.policy import weights_io
+from npo_cli.policy.weights_io import (
+    hold_weights,
+    load_weights,
+    read_saved,
+    read_tensors,
+    tied_names,
+    weights_digest,
+)
 from tests.policy.models import qwen, save_model
 
 NORM = "model.layers.0.mlp.down_proj.weight"
@@ -118,3 +126,38 @@ def test_load_weights_copies_in_place(tmp_path):
     load_weights(live, save_model(qwen(seed=1), tmp_path / "new"))
     assert live.model.embed_tokens.weight is parameter
     assert parameter.requires_grad
+
+
+def test_held_weights_are_read_once_for_each_state_of_the_files(tmp_path, monkeypatch):
+    folder, reads = tmp_path / "step", []
+    folder.mkdir()
+    path = folder / "model.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    load_file = weights_io.load_file
+    monkeypatch.setattr(weights_io, "load_file", lambda file: reads.append(file) or load_file(file))
+    with hold_weights():
+        first = read_saved(folder)
+        with hold_weights():  # the outer block goes on
+            assert read_saved(folder) is first
+        assert read_saved(folder) is first
+        path.unlink()
+        save_file({"w": torch.full((2,), float("inf"))}, path)
+        changed = read_saved(folder)
+        assert changed.tensors["w"].tolist() == [float("inf")] * 2
+        assert changed.bad_values["not finite"] == ["w"]
+    assert len(reads) == 2
+    read_saved(folder)
+    assert len(reads) == 3
+
+
+def test_held_weights_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_io, "MAX_HELD_BYTES", 20)
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")  # 8 bytes
+    with hold_weights():
+        first = read_saved(folders[0])
+        for folder in folders[1:]:
+            read_saved(folder)
+        assert read_saved(folders[0]) is not first
