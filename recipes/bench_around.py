@@ -64,11 +64,11 @@ def write_groups(prompts: int, tokens: int, *, repeats: int) -> Figures:
 
 def encode_prompts() -> Figures:
     """Seconds of the prompts of a step's requests and of its rows, from the second time on."""
-    from npo_cli.config.recipe import ModelSettings
+    from npo_cli.config.loading import load_recipe
     from npo_cli.policy.model import load_policy
     from npo_cli.types.rollouts import Prompt
 
-    policy = load_policy(ModelSettings(path="micro"))
+    policy = load_policy(load_recipe("micro", []).model)
     prompts = [Prompt(prompt_id=f"p{place}", answer="7", text=f"{place}+4=") for place in range(16)]
 
     def encode() -> None:

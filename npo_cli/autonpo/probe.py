@@ -20,7 +20,7 @@ from npo_cli.autonpo.rollback_choice import (
     stratify_failed_prompts,
 )
 from npo_cli.autonpo.sequential_test import plan_looks
-from npo_cli.guides.source import compute_logprobs, make_spec
+from npo_cli.guides.source import make_spec, read_or_compute_logprobs
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.scoring.forecast import ReplaySegment
 from npo_cli.scoring.quality import PromptPassCount
@@ -254,7 +254,7 @@ def score_past_checkpoints(
     session, temperature = probe.session, probe.session.recipe.guide.cache.temperature
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     began = time.perf_counter()
-    logps = compute_logprobs(session, pairs, temperature=temperature)
+    logps = read_or_compute_logprobs(session, pairs, temperature=temperature)
     samples = [
         (prompt, replace(rollout, behavior_logps=each)) for (prompt, rollout), each in zip(pairs, logps, strict=True)
     ]

@@ -94,6 +94,14 @@ class EngineSettings(Settings):
         "long runs; responses are the same up to float rounding.",
         json_schema_extra=applies_when({"engine.kind": ["transformers"]}),
     )
+    reuse_logprobs: bool = Field(
+        False,
+        description="transformers: take the log-probabilities of sampling for those of the trainer where both have the "
+        "same weights (old policy of several updates, scoring, probes), in place of a forward pass. They differ by "
+        "rounding, about 1e-6 nats in float32.",
+        json_schema_extra=FORK
+        | applies_when({"engine.kind": ["transformers"], "train.staleness": [0], "model.dtype": ["float32"]}),
+    )
     sync_tolerance: float | None = Field(
         None,
         gt=0,

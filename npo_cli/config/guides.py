@@ -58,6 +58,13 @@ class InjectSettings(Settings):
         True, description="Clip the ratio of on-policy rollouts in batches that contain injected responses."
     )
 
+    measure_every: Count = Field(
+        1,
+        description="Steps between measurements of the guide's fraction of the gradient "
+        "(inject/grad_norm_fraction); the others compute injected responses together with on-policy ones.",
+        json_schema_extra=IGNORED,
+    )
+
     @model_validator(mode="after")
     def _has_a_ratio_to_shape(self) -> "InjectSettings":
         if self.ratio_shaping != "none" and self.ratio == "none":

@@ -566,6 +566,16 @@ class Recipe(Settings):
         return self.guide.source == "extrapolated"
 
     @property
+    def reuses_logprobs(self) -> bool:
+        """Whether log-probabilities of sampling are taken for those of the trainer, which has the same weights."""
+        return (
+            self.engine.reuse_logprobs
+            and self.engine.kind == "transformers"
+            and self.train.staleness == 0
+            and self.model.precision == "float32"
+        )
+
+    @property
     def extrapolates_weights(self) -> bool:
         """Whether it is extrapolated in weights."""
         return self.uses_extrapolation and self.extrapolation.space == "weights"

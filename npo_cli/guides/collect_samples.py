@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from npo_cli.config.guides import ScoringSettings
-from npo_cli.guides.source import GuideSource, compute_logprobs, open_source, sample_source
+from npo_cli.guides.source import GuideSource, open_source, read_or_compute_logprobs, sample_source
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.scoring.variance import SampleRatio
 from npo_cli.session.learner import Learner
@@ -205,7 +205,7 @@ def _record(state: ScoringState, candidate: str, groups: Sequence[Group], *, sta
     if not groups:
         return
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-    logps = iter(compute_logprobs(state.session, pairs))
+    logps = iter(read_or_compute_logprobs(state.session, pairs))
     scored = [
         replace(group, rollouts=tuple(replace(rollout, behavior_logps=next(logps)) for rollout in group.rollouts))
         for group in groups

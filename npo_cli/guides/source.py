@@ -354,6 +354,17 @@ def compute_logprobs(
     return [tuple(scores.logps_T.tolist()) for scores in scored]
 
 
+def read_or_compute_logprobs(
+    session: Session, pairs: Pairs, *, temperature: float | None = None
+) -> list[tuple[float, ...]]:
+    """The same of responses that the session's engine sampled with the policy's weights, at this temperature: with
+    engine.reuse_logprobs as the engine gave them."""
+    known = [rollout.behavior_logps for _, rollout in pairs]
+    if session.recipe.reuses_logprobs and None not in known:
+        return [logps for logps in known if logps is not None]
+    return compute_logprobs(session, pairs, temperature=temperature)
+
+
 def compute_mean_logprobs(session: Session, pairs: Pairs, *, policy: Policy | None = None) -> list[float]:
     """Mean log-probability per token (nats) of each response."""
     return [sum(logps_T) / len(logps_T) for logps_T in compute_logprobs(session, pairs, policy=policy)]

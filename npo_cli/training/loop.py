@@ -171,8 +171,11 @@ def run_step(
     session.engine.release_memory()
     lr = lr_at(step, session.recipe.train)
     try:
+        inject = session.recipe.guide.inject
         update = updater.take_step(
-            build_training_samples(session.policy, batch.selected, session.recipe.guide.inject), lr=lr
+            build_training_samples(session.policy, batch.selected, inject),
+            lr=lr,
+            measures_guide=step % inject.measure_every == 0,
         )
         updated = time.perf_counter()
     finally:

@@ -139,14 +139,18 @@ class Updater:
         self.trains_zero_advantages = has_loss_terms(recipe.loss)
         self.columns: list[Column] = ["entropies"] if needs_entropies(recipe.loss) else []
 
-    def take_step(self, samples: Sequence[TrainingSample], *, lr: float) -> UpdateReport:
+    def take_step(self, samples: Sequence[TrainingSample], *, lr: float, measures_guide: bool = True) -> UpdateReport:
         """Split the samples into `train.num_updates` parts and update once with each.
 
-        The ratio of the first part is 1: its old log-probabilities are the current ones.
+        The ratio of the first part is 1: its old log-probabilities are the current ones. `measures_guide`: whether the
+        guide's gradient fraction is measured, for which its rows have passes of their own and the gradient a copy.
         """
         size = -(-len(samples) // self.recipe.train.num_updates) if samples else 1
         samples = [*samples[:size], *self._with_old_logps(samples[size:])]
-        reports = [self.update(samples[start : start + size], lr=lr) for start in range(0, max(1, len(samples)), size)]
+        reports = [
+            self.update(samples[start : start + size], lr=lr, measures_guide=measures_guide)
+            for start in range(0, max(1, len(samples)), size)
+        ]
         fractions = [report.grad_norm_fraction for report in reports if report.grad_norm_fraction is not None]
         return UpdateReport(
             loss=sum(report.loss for report in reports) / len(reports),
@@ -161,6 +165,12 @@ class Updater:
         """The samples with log-probabilities under the current weights, where they take part in the loss."""
         places = [place for place, sample in enumerate(samples) if self._is_trained(sample)]
         found = list(samples)
+        if self.recipe.reuses_logprobs:
+            for place in places:
+                logps = samples[place].behavior_logps
+                if not samples[place].is_off_policy and logps is not None:
+                    found[place] = replace(samples[place], old_logps_T=torch.tensor(logps, device=self.policy.device))
+            places = [place for place in places if found[place].old_logps_T is None]
         if places:
             scored = run_logprob_pass(self.policy, self.recipe, [samples[place].tokens for place in places])
             for place, scores in zip(places, scored, strict=True):
@@ -171,7 +181,7 @@ class Updater:
         """Whether the sample needs a pass: it has an advantage, or the loss has terms beside the surrogate."""
         return bool(sample.advantage) or self.trains_zero_advantages
 
-    def update(self, samples: Sequence[TrainingSample], *, lr: float) -> UpdateReport:
+    def update(self, samples: Sequence[TrainingSample], *, lr: float, measures_guide: bool = True) -> UpdateReport:
         """One optimizer update. Samples without advantage count in the divisors; they need no pass."""
         divisors = Divisors(
             num_sequences=max(1, len(samples)),
@@ -186,17 +196,18 @@ class Updater:
         )
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        off_policy_loss, off_policy_stats = self.accumulate_gradients(off_policy, divisors)
-        off_policy_gradients = self._gradients() if off_policy else None
-        on_policy_loss, on_policy_stats = self.accumulate_gradients(on_policy, divisors)
+        apart, rest = (off_policy, on_policy) if measures_guide else ([], useful)
+        apart_loss, apart_stats = self.accumulate_gradients(apart, divisors)
+        off_policy_gradients = self._gradients() if apart else None
+        rest_loss, rest_stats = self.accumulate_gradients(rest, divisors)
         fraction = None if off_policy_gradients is None else self._gradient_norm_fraction(off_policy_gradients)
         with current_group().phase("update"):
             grad_norm = self._apply()
         return UpdateReport(
-            loss=off_policy_loss + on_policy_loss,
+            loss=apart_loss + rest_loss,
             grad_norm=grad_norm,
             grad_norm_fraction=fraction,
-            stats=LossStats(on_policy_tokens=idle) + off_policy_stats + on_policy_stats,
+            stats=LossStats(on_policy_tokens=idle) + apart_stats + rest_stats,
             num_skipped=0 if self._is_acceptable(grad_norm) else 1,
             num_rows=len(useful),
         )

@@ -55,7 +55,7 @@ def test_without_key_the_sections_are_listed_with_one_line_each():
 
 def test_section_lists_its_settings_and_subsections():
     keys = [view.section if isinstance(view, SectionView) else view.key for view in describe_config("engine")]
-    names = ("kind", "max_num_seqs", "compile", "sync_tolerance", "producer", "vllm")
+    names = ("kind", "max_num_seqs", "compile", "reuse_logprobs", "sync_tolerance", "producer", "vllm")
     assert keys == [f"engine.{name}" for name in names]
 
 

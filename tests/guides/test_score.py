@@ -14,6 +14,7 @@ from npo_cli.guides.collect_samples import SCREENING
 from npo_cli.guides.score import open_scoring_state, rank_round
 from npo_cli.guides.source import parse_spec
 from npo_cli.policy import weights_io
+from npo_cli.policy.model import Policy
 from npo_cli.scoring.ranking import NO_LOGPROBS_NOTE, RECORDED_NOTE
 from npo_cli.scoring.variance import VARIANCE_ESTIMATORS
 from npo_cli.session.learner import find_learner
@@ -460,3 +461,18 @@ def test_weights_of_a_candidate_are_read_and_hashed_once(line, tmp_path, monkeyp
     weights = [root / f"branches/main/checkpoints/step_{step:06d}/model.safetensors" for step in range(5)]
     assert reads == Counter(weights)
     assert {path: count for path, count in hashed.items() if path in weights} == dict.fromkeys(weights, 1)
+
+
+def test_scores_with_the_engines_logprobs_are_those_of_the_trainer_up_to_rounding(line, tmp_path, monkeypatch):
+    passes, score_rows = [], Policy.score
+    monkeypatch.setattr(Policy, "score", lambda self, *args, **kw: passes.append(1) or score_rows(self, *args, **kw))
+    found, counts = {}, {}
+    for reuse in ("false", "true"):
+        root = copy_run(line, tmp_path / reuse)
+        passes.clear()
+        found[reuse] = score(root, *QUICK, f"engine.reuse_logprobs={reuse}", at=0, sources=[2, 4])
+        counts[reuse] = len(passes)
+    for computed, reused in zip(found["false"], found["true"], strict=True):
+        assert reused.quality == computed.quality
+        assert reused.variance == pytest.approx(computed.variance, rel=1e-4)
+    assert counts["true"] < counts["false"]

@@ -31,6 +31,11 @@ def test_step_metrics_of_a_step_with_a_guide(scout, tmp_path):
         assert 0 < metrics["inject/ratio_min"] <= metrics["inject/ratio_mean"] <= metrics["inject/ratio_max"]
 
 
+def test_guides_fraction_of_the_gradient_is_measured_every_n_steps(scout, tmp_path):
+    reports = resume(copy_run(scout, tmp_path / "run"), "guide.inject.measure_every=2", at=2, guide="near")
+    assert [(one.step, "inject/grad_norm_fraction" in one.metrics) for one in reports] == [(3, False), (4, True)]
+
+
 def test_step_metrics_are_those_of_the_rollouts(scout):
     (first, *_), rollout_log = metrics_of(scout, "main"), RolloutLog(open_run(scout).rollouts_path("main"))
     rollouts = [rollout for group in rollout_log.read_step(1) for rollout in group.rollouts]

@@ -189,6 +189,38 @@ def test_update_grad_norm_fraction_of_off_policy_rows(session, rows):
     assert 0 < report.grad_norm_fraction < 1
 
 
+def count_passes(session: Session, patched: pytest.MonkeyPatch, rows: Sequence[TrainingSample], **names: Any):
+    """Gradient, report and number of forward passes of one step."""
+    passes, score = [], Policy.score
+    with patched.context() as patch:
+        patch.setattr(Policy, "score", lambda self, *args, **kw: passes.append(1) or score(self, *args, **kw))
+        recorder: Any = Recorder(session.policy.model)
+        report = Updater(session.policy, recorder, session.recipe).take_step(rows, lr=1.0, **names)
+    return recorder.gradients[-1], report, len(passes)
+
+
+def test_update_without_the_guides_fraction_has_the_same_gradient_in_fewer_passes(session, rows, monkeypatch):
+    apart, measured, num_apart = count_passes(session, monkeypatch, rows)
+    together, report, num_together = count_passes(session, monkeypatch, rows, measures_guide=False)
+    assert (num_apart, num_together) == (2, 1)
+    assert report.grad_norm_fraction is None
+    assert distance(apart, together) < 1e-6
+    assert report.loss == pytest.approx(measured.loss, abs=1e-6)
+    assert report.stats.metrics() == pytest.approx(measured.stats.metrics(), abs=1e-6)
+
+
+def test_update_takes_the_engines_logprobs_for_the_old_policys(session, rows, monkeypatch):
+    own = [row for row in rows if not row.is_off_policy and row.advantage]
+    tokens = [row.tokens for row in own]
+    for row, scores in zip(own, run_logprob_pass(session.policy, session.recipe, tokens), strict=True):
+        assert row.behavior_logps == pytest.approx(scores.logps_T.tolist(), abs=1e-5)
+    session = override_settings(session, "train", num_updates=2)
+    computed, _, num_computed = count_passes(session, monkeypatch, own)
+    reused, _, num_reused = count_passes(override_settings(session, "engine", reuse_logprobs=True), monkeypatch, own)
+    assert num_reused < num_computed
+    assert distance(computed, reused) < 1e-5
+
+
 # Ratio modes, on rows whose guide found its tokens e times less likely than the learner does
 
 
