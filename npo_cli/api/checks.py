@@ -71,19 +71,19 @@ def resolve_last_step(until: int | None, recipe: "Recipe", *, after: int, autonp
 
 def check_figure_path(path: Path | None, *, option: str = "--figure", formats: Sequence[str] = FIGURE_FORMATS) -> None:
     """Refuse a path that is a folder, or whose suffix names no picture format."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise NpoError(f"{option} {path} is a folder", f"{option} {quote_path(path / 'figure.png')}")
-    if path.suffix.lower() not in formats:
-        raise NpoError(f"{option} {path} must end in {', '.join(formats)}", f"{option} {quote_path(path)}.png")
+    _check_file(path, option, formats, example="figure.png")
 
 
 def check_results_path(path: Path | None) -> None:
     """Refuse a path that is a folder, or whose suffix names no format of results."""
+    _check_file(path, "--out", RESULT_FORMATS, example="results.csv")
+
+
+def _check_file(path: Path | None, option: str, formats: Sequence[str], *, example: str) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise NpoError(f"--out {path} is a folder", f"--out {quote_path(path / 'results.csv')}")
-    if path.suffix.lower() not in RESULT_FORMATS:
-        raise NpoError(f"--out {path} must end in {', '.join(RESULT_FORMATS)}", f"--out {quote_path(path)}.csv")
+        raise NpoError(f"{option} {path} is a folder", f"{option} {quote_path(path / example)}")
+    if path.suffix.lower() not in formats:
+        suffix = Path(example).suffix
+        raise NpoError(f"{option} {path} must end in {', '.join(formats)}", f"{option} {quote_path(path)}{suffix}")

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from npo_cli.api.callbacks import Callback
 from npo_cli.api.checks import Overrides, list_overrides, load_run_recipe, resolve_last_step
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from npo_cli.types.guides import SourceSpec
     from npo_cli.types.views import PlannedWork
 
+T = TypeVar("T")
 StreamRecord = TrainingRecord | Progress | Transition | RunCosts
 """What training yields; transitions and costs only under AutoNPO."""
 
@@ -44,27 +45,30 @@ class TrainingResult:
     @property
     def steps(self) -> tuple[StepReport, ...]:
         """The training steps."""
-        return tuple(record for record in self.records if isinstance(record, StepReport))
+        return self._select(StepReport)
 
     @property
     def evals(self) -> tuple[EvalReport, ...]:
         """The held-out evaluations."""
-        return tuple(record for record in self.records if isinstance(record, EvalReport))
+        return self._select(EvalReport)
 
     @property
     def checkpoints(self) -> tuple[CheckpointSaved, ...]:
         """The checkpoints that were saved; some may have been removed since (`train.keep_full_checkpoints`)."""
-        return tuple(record for record in self.records if isinstance(record, CheckpointSaved))
+        return self._select(CheckpointSaved)
 
     @property
     def transitions(self) -> tuple[Transition, ...]:
         """AutoNPO's decisions."""
-        return tuple(record for record in self.records if isinstance(record, Transition))
+        return self._select(Transition)
 
     @property
     def notices(self) -> tuple[Notice, ...]:
         """What was restored, saved or looks odd; warnings have `level="warning"`."""
-        return tuple(record for record in self.records if isinstance(record, Notice))
+        return self._select(Notice)
+
+    def _select(self, kind: type[T]) -> tuple[T, ...]:
+        return tuple(record for record in self.records if isinstance(record, kind))
 
     @property
     def accuracy(self) -> float | None:
