@@ -202,7 +202,12 @@ class _Footprint:
         processes = min(self.hardware.gpus_per_machine, max(1, self.num_gpus))
         formula = f"{processes} x {PROCESS_BYTES // 10**9} GB, assumed"
         self.add("host", "always", "processes", processes * PROCESS_BYTES, formula)
-        self.add("host", "saving", "gathered weights", self.trained * self.trained_bytes, "in the process that writes")
+        if self.num_gpus > 1 or self.recipe.train.save_in_background is False:
+            size = self.trained * self.trained_bytes
+            self.add("host", "saving", "gathered weights", size, "in the process that writes")
+        else:
+            size = (self.trained + self.optimizer_floats) * self.trained_bytes
+            self.add("host", "saving", "copy of weights and moments", size, "train.save_in_background")
         if self.shares_gpu_with_vllm and self.recipe.engine.vllm.enable_sleep_mode:
             size = self.shape.num_params * self.compute_bytes * processes
             self.add("host", "update", "vLLM's weights in sleep mode", size, f"{processes} engines")

@@ -33,7 +33,7 @@ SETTING_CHANGES: dict[Location, tuple[str, ...]] = {
         *("engine.vllm.tensor_parallel_size=*2", "engine.vllm.tensor_parallel_size=*4"),
         "model.compute_dtype=bfloat16",
     ),
-    "host": ("engine.vllm.enable_sleep_mode=false", "model.lora.rank=16"),
+    "host": ("train.save_in_background=false", "engine.vllm.enable_sleep_mode=false", "model.lora.rank=16"),
     "disk": (
         *("train.keep_full_checkpoints=2", "train.keep_full_checkpoints=2 train.keep_weights_only=10"),
         *("train.save_every=*2", "model.lora.rank=16", "train.optimizer=adafactor"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from npo_cli.config.recipe import Recipe
 
-TOKEN_BYTES, ROLLOUT_BYTES, STEP_BYTES = 24, 150, 1100
+TOKEN_BYTES, ROLLOUT_BYTES, STEP_BYTES = 16, 150, 1100
 """Log size per token (id, log-probability, text), per rollout and per step; fitted to a run of the micro task."""
 DiskItem = tuple[str, int, str]
 """What it is, its bytes, and the product behind them."""

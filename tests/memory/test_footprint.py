@@ -111,7 +111,9 @@ def test_lora_adapters_are_float32_with_a_bfloat16_base():
     expected = {"weights": 2000, "adapters": 120, "gradients": 120, "AdamW moments": 240}
     assert {name: needs[name] for name in expected} == expected
     assert "frozen base of the KL term" not in needs
-    assert estimate(found, "host", shape=shape)["gathered weights"] == 120
+    assert estimate(found, "host", shape=shape)["copy of weights and moments"] == 120 + 240
+    between = recipe(model={"dtype": "bfloat16", "lora": {"rank": 2}}, train={"save_in_background": False})
+    assert estimate(between, "host", shape=shape)["gathered weights"] == 120
 
 
 def test_adafactor_state_and_vllm_in_sleep_mode():
