@@ -440,6 +440,17 @@ def diff_recipes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     return [(key, before, after) for (key, before, _), (_, after, _) in pairs if before != after]
 
 
+def has_last_setting(values: Mapping[str, Any]) -> bool:
+    """Whether saved values have the setting that a recipe ends with: not, where the end of the file is lost."""
+    *_, (key, _, _) = walk_fields(Recipe())
+    inner: Any = values
+    for part in key.split("."):
+        if not isinstance(inner, Mapping) or part not in inner:
+            return False
+        inner = inner[part]
+    return True
+
+
 def check_frozen_settings(old: Recipe, new: Recipe, *, purpose: Purpose, path: Path | None = None) -> None:
     """Refuse changes of settings that completed steps depend on; `path` is the file of the old recipe.
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from npo_cli.config.loading import RECIPE_CHECKSUM, dump_yaml, parse_yaml
+from npo_cli.config.loading import RECIPE_CHECKSUM, dump_yaml, has_last_setting, parse_yaml
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
@@ -246,8 +246,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _parse_saved_recipe(text: str, source: str) -> Any:
-    """Every checkpoint reads the recipes of all branches: parsing one takes 24 ms, copying the result 0.3 ms."""
-    return parse_yaml(text, source=source)[1]
+    """Every checkpoint reads the recipes of all branches: parsing one takes 24 ms, copying the result 0.3 ms.
+
+    Without a checksum it was changed on purpose, or cut: then its end is missing.
+    """
+    found = parse_yaml(text, source=source)[1]
+    is_cut = isinstance(found, dict) and not (has_last_setting(found) and text.endswith("\n"))
+    if RECIPE_CHECKSUM not in text and is_cut:
+        raise NpoError("its end is missing, and its checksum")
+    return found
 
 
 def is_run_directory(path: Path) -> bool:

@@ -241,12 +241,12 @@ def test_evaluation_with_missing_fields_is_named_by_line(run):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"response_ids":[', '"response_ids":[1,', "are no verified responses"),
+        ('"response_ids":[', '"response_ids":[1,', "log-probabilities for"),
         ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
         ('"verdict":"correct"', '"verdict":"wrong"', "are no verified responses"),
         ('"verdict":"correct"', '"verdict":"fine"', "line 1 is damaged: verdict is 'fine'"),
         ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near has prompts that this task does not have: oth"),
-        ('"response_ids":[', '"response_ids":["1",', "are no verified responses"),
+        ('"response_ids":[', '"response_ids":["1",', "log-probabilities for"),
     ],
 )  # fmt: skip
 def test_damaged_guide_cache_is_refused_before_forking(run, before, after, message):

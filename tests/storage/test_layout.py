@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npo_cli.config.loading import load_recipe, recipe_to_dict
 from npo_cli.errors import NpoError
 from npo_cli.storage.layout import FORMAT_VERSION, create_run, format_step, open_run, parse_step, validate_name
 from tests.storage.builders import RECIPE, new_run
@@ -147,3 +148,20 @@ def test_an_older_run_directory_is_refused_in_one_line(tmp_path, version: int):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
     with pytest.raises(NpoError, match=rf"run directory format {version}; this version of npo reads format 3 only"):
         open_run(run.root)
+
+
+def test_recipe_cut_at_any_line_is_damage_and_one_without_checksum_is_read(tmp_path):
+    recipe = recipe_to_dict(load_recipe("micro"))
+    run = create_run(tmp_path / "run", recipe=recipe, npo_version="1")
+    path = run.recipe_path(None)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert lines[-1].startswith("# checksum: ")
+    path.write_text("".join(lines[:-1]), encoding="utf-8")
+    assert run.read_recipe() == recipe
+    for number in (1, 2, len(lines) // 2, len(lines) - 3, len(lines) - 2):
+        path.write_text("".join(lines[:number]), encoding="utf-8")
+        with pytest.raises(NpoError, match="is damaged: its end is missing"):
+            run.read_recipe()
+        path.write_text("".join(lines[: number + 1]).rstrip("\n"), encoding="utf-8")
+        with pytest.raises(NpoError, match="is damaged: its end is missing"):
+            run.read_recipe()
