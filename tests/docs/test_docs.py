@@ -194,7 +194,8 @@ def test_recipes_named_in_the_tables_exist() -> None:
 def test_every_built_in_has_a_row_on_its_page(page: str, plugins: Registry) -> None:
     rows = re.findall(r"^\|([^|]*)\|", (ROOT / "docs/how-to" / page).read_text(encoding="utf-8"), re.MULTILINE)
     named = {span.partition(":")[0] for row in rows for span in re.findall(r"`([^`]+)`", row)}
-    assert not set(plugins.built_in) - named, f"docs/how-to/{page} has no row for them"
+    missing = [name for name in plugins.built_in if name not in named]
+    assert not missing, f"docs/how-to/{page} has no row for {missing}"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,8 @@ def test_every_built_in_has_a_row_on_its_page(page: str, plugins: Registry) -> N
 def test_every_built_in_is_named_in_the_description_of_its_setting(plugins: Registry) -> None:
     (setting,) = describe_config(plugins.setting)
     described = set(re.findall(r"`([^`]+)`", setting.description))
-    assert not set(plugins.built_in) - described, f"the description of {plugins.setting} does not name them"
+    missing = [name for name in plugins.built_in if name not in described]
+    assert not missing, f"the description of {plugins.setting} does not name {missing}"
 
 
 def test_readme_has_at_most_150_lines() -> None:

@@ -134,7 +134,9 @@ def find_spec(specs: Mapping[str, str], name: str) -> str:
     if name in specs:
         return specs[name]
     module = GUIDE_SOURCES.get(name).__module__.rpartition(".")[2]
-    return import_module(f"tests.guides.test_{module}").CONTRACT_SPECS[name]
+    file = Path(__file__).with_name(f"test_{module}.py")
+    assert file.is_file(), f"write tests/guides/{file.name}, with CONTRACT_SPECS = {{{name!r}: SPEC}}"
+    return import_module(f"tests.guides.{file.stem}").CONTRACT_SPECS[name]
 
 
 @EVERY_SOURCE
