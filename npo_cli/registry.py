@@ -1,5 +1,5 @@
 """What can be added to the package from outside, by name: engines, verifiers, tasks, trackers, guide sources, mix
-strategies, importance ratios.
+strategies, importance ratios, dense targets.
 
 One `Registry` per kind. The package's own classes are listed in it as `module:Class`, the form of an entry point; those
 of other packages are declared as entry points of its group, in their pyproject.toml:
@@ -22,7 +22,7 @@ from npo_cli.errors import NpoError, first_line
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registry:
-    """Classes of one kind by name (importance ratios: objects). Each has its name as the attribute `name`."""
+    """Classes of one kind by name (importance ratios, targets: objects). Each has its name as the attribute `name`."""
 
     kind: str
     """In errors: `engine`."""
@@ -190,7 +190,18 @@ IMPORTANCE_RATIOS = Registry(
         "none": "npo_cli.losses.importance_ratio:no_ratio",
     },
 )
-REGISTRIES = (GUIDE_SOURCES, TASKS, VERIFIERS, ENGINES, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS)
+TARGETS = Registry(
+    kind="target",
+    setting="target.kind",
+    group="npo.targets",
+    base="npo_cli.losses.target:Target",
+    built_in={
+        "none": "npo_cli.losses.target:no_target",
+        "token_weight": "npo_cli.losses.target:token_weight",
+        "distribution": "npo_cli.losses.target:distribution",
+    },
+)
+REGISTRIES = (GUIDE_SOURCES, TASKS, VERIFIERS, ENGINES, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS, TARGETS)
 """Every kind of plug-in."""
 
 

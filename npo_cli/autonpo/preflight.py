@@ -26,6 +26,11 @@ def max_failed_prompts(recipe: Recipe, *, num_prompts: int) -> int:
 
 def validate_autonpo_settings(recipe: Recipe, num_prompts: int) -> None:
     """Refuse settings that could never work, naming the key and a value that would."""
+    if recipe.has_target:
+        raise NpoError(
+            f"target.kind={recipe.target.kind} is not available with AutoNPO, whose rollbacks use guide caches",
+            "target.kind=none, or fork by hand: npo resume RUN --at STEP --no-guide",
+        )
     validate_distances(recipe)
     validate_trigger(recipe)
     validate_pool_and_probe(recipe)

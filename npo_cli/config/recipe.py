@@ -1,7 +1,7 @@
 """Every setting with its only default. Recipe files hold what differs; `npo_cli.config.loading` reads them.
 
-Sections of their own modules: `autonpo`, `engine` (with the mismatch correction), `guides` (with scoring and methods)
-and `extrapolation`.
+Sections of their own modules: `autonpo`, `engine` (with the mismatch correction), `guides` (with scoring and methods),
+`extrapolation` and `target`.
 """
 
 import json
@@ -30,6 +30,7 @@ from npo_cli.config.base import (
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
+from npo_cli.config.target import TargetSettings
 from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 
 WITH_LORA = applies_when({"model.lora.rank": IS_SET})
@@ -514,6 +515,7 @@ class Recipe(Settings):
     mismatch: MismatchSettings = MismatchSettings()
     guide: GuideSettings = GuideSettings()
     extrapolation: ExtrapolationSettings = ExtrapolationSettings()
+    target: TargetSettings = TargetSettings()
     method: MethodSettings = MethodSettings()
     scoring: ScoringSettings = ScoringSettings()
     eval: EvalSettings = EvalSettings()
@@ -558,6 +560,34 @@ class Recipe(Settings):
             )
         if inject.ratio_shaping != "none" and self.loss.kind != "grpo":
             raise ValueError(f"guide.inject.ratio_shaping=soft needs loss.kind=grpo, got {self.loss.kind}")
+        return self
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a teacher's probabilities take part in the loss."""
+        return self.target.kind != "none"
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> "Recipe":
+        if not self.has_target:
+            return self
+        kind, group_size = f"target.kind={self.target.kind}", self.target.group_size
+        reasons = {
+            "train.staleness above 0": bool(self.train.staleness),
+            "guide.experience.replay_fraction": bool(self.guide.experience.replay_fraction),
+            "guide.source=extrapolated": self.uses_extrapolation,
+        }
+        for name, is_set in reasons.items():
+            if is_set:
+                raise ValueError(f"{kind} is not available with {name}")
+        if self.sampling.dynamic and (self.target.kind != "token_weight" or group_size is not None):
+            raise ValueError(
+                "sampling.dynamic=true drops groups without advantages and samples others: of dense targets only "
+                "target.kind=token_weight without target.group_size is available with it"
+            )
+        too_small = group_size is not None and self.guide.inject.slots >= group_size
+        if too_small and not MIX_STRATEGIES.get(self.guide.inject.mode).adds_rollouts:
+            raise ValueError("guide.inject.slots must be below target.group_size: a group needs on-policy rollouts")
         return self
 
     @property

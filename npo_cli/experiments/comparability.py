@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from npo_cli.config.base import walk_fields
 from npo_cli.config.loading import diff_recipes
 from npo_cli.config.recipe import Recipe
+from npo_cli.config.target import name_of_source
 from npo_cli.experiments.load_methods import MethodRuns, RunBranch, SeedRun
 from npo_cli.registry import GUIDE_SOURCES
 from npo_cli.storage.autonpo_log import read_transitions
@@ -70,8 +71,16 @@ def _changes(before: RunBranch, after: RunBranch) -> Iterator[str]:
     for sections, what in ((AUTONPO_SECTIONS, describe_autonpo), (GUIDE_SECTIONS, describe_guides)):
         idle += sections if NOT_USED in (what(before), what(after)) else ()
     for key, old, new in diff_recipes(before.recipe, after.recipe):
-        if COMPARISON[key] != "ignored" and not key.startswith(idle):
+        same_teacher = key == "target.teacher" and old and new and _is_one_teacher(old, new)
+        if COMPARISON[key] != "ignored" and not key.startswith(idle) and not same_teacher:
             yield f"{key} {old} -> {new}"
+
+
+def _is_one_teacher(old: str, new: str) -> bool:
+    """Whether two SPECs name one source that has another file or run for each seed."""
+    name = name_of_source(old)
+    is_known = name == name_of_source(new) and name in GUIDE_SOURCES.names()
+    return is_known and GUIDE_SOURCES.get(name).differs_by_seed
 
 
 def base_digests(runs: Sequence[SeedRun]) -> tuple[set[str], set[str]]:

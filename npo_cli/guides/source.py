@@ -94,6 +94,11 @@ class GuideSource(ABC):
     """Its SPEC names a file or run, another one for each seed of a method: comparisons show only its name."""
     has_logprobs: ClassVar[bool | None] = True
     """Whether the log-probabilities of its responses under their behavior policy are available; None: it depends."""
+    has_distribution: ClassVar[bool] = False
+    """Whether it is a model whose distribution at any token can be computed: it can be the teacher of a dense
+    target."""
+    is_of_run: ClassVar[bool] = False
+    """A checkpoint of the learner's own line."""
     uses_engine: bool = False
     """Samples with the engine of the learner's session; otherwise that session starts no inference server."""
     extrapolates_weights: bool = False
@@ -186,6 +191,10 @@ class GuideSource(ABC):
     def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Mean log-probability per token (nats) of each response under the learner."""
         return compute_mean_logprobs(self.session, pairs)
+
+    def load_teacher(self) -> Policy:
+        """The model itself, if it `has_distribution`, without a session: the teacher of a dense target."""
+        raise NotImplementedError(f"{self.name} has no distribution per token")
 
     def warnings(self) -> list[str]:
         """Warnings about the source or its responses so far."""

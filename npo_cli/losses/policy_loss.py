@@ -2,9 +2,9 @@
 
 N rows (responses), T tokens; an axis of length 1 broadcasts.
 L = AGG[weight * surrogate] + sum over terms of coefficient * AGG[term], to be minimized. The weight is that of the
-importance ratio on off-policy tokens and of the inference/trainer mismatch on on-policy ones; neither reaches the loss
-terms (KL, entropy). A surrogate does not know which policy sampled a token: tokens that must not be clipped are marked
-in `TokenColumns.unclipped_NT`.
+importance ratio on off-policy tokens and of the inference/trainer mismatch on on-policy ones, times a dense target's
+token weight; it does not reach the loss terms (KL, entropy, a dense target's divergence). A surrogate does not know
+which policy sampled a token: tokens that must not be clipped are marked in `TokenColumns.unclipped_NT`.
 
 Every aggregation divides by sizes of the whole optimizer batch, never of the micro-batch, so the losses of
 micro-batches add up to the same sum however the batch is split. A row with an empty mask adds 0.
@@ -22,10 +22,12 @@ from torch import Tensor
 from npo_cli.config.engine import MismatchSettings
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import LossSettings
+from npo_cli.config.target import TargetSettings
 from npo_cli.losses.importance_ratio import LOG_RATIO_LIMIT, ImportanceRatio, PolicyLogps, k3, log_ratio
 from npo_cli.losses.inference_mismatch import MismatchCorrection, correct_mismatch, measure_mismatch
-from npo_cli.losses.types import Divisors, LossInputs, LossStats, MismatchStats, TokenColumns
-from npo_cli.registry import IMPORTANCE_RATIOS
+from npo_cli.losses.target import Target, TokenFactors
+from npo_cli.losses.types import Divisors, LossInputs, LossStats, MismatchStats, TargetInputs, TokenColumns
+from npo_cli.registry import IMPORTANCE_RATIOS, TARGETS
 
 
 def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, how: str, divisors: Divisors) -> Tensor:
@@ -207,6 +209,9 @@ def needs_entropies(settings: LossSettings) -> bool:
     return any(term.coefficient(settings) and term.requires == "entropies_NT" for term in LOSS_TERMS.values())
 
 
+NO_TARGET = TargetSettings()
+
+
 class PolicyLoss(Protocol):
     """Loss of one micro-batch (its part of the batch's loss) and what was measured."""
 
@@ -218,16 +223,23 @@ class PolicyLoss(Protocol):
         divisors: Divisors,
         ref_logps_NT: Tensor | None = None,
         entropies_NT: Tensor | None = None,
+        target: TargetInputs | None = None,
     ) -> tuple[Tensor, LossStats]: ...
 
 
-def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: MismatchSettings) -> PolicyLoss:
+def make_policy_loss(
+    loss: LossSettings,
+    inject: InjectSettings,
+    mismatch: MismatchSettings,
+    target_settings: TargetSettings = NO_TARGET,
+) -> PolicyLoss:
     """The loss function of these settings.
 
     A row with an empty mask, or A = 0, adds no policy loss. The reference may be given without a KL term, to measure
-    the KL.
+    the KL. Rows without `target` have no dense target.
     """
     surrogate, ratio = SURROGATES[loss.kind], IMPORTANCE_RATIOS.get(inject.ratio)
+    kind: Target = TARGETS.get(target_settings.kind)
     terms = {name: term for name, term in LOSS_TERMS.items() if term.coefficient(loss)}
 
     def policy_loss(
@@ -237,6 +249,7 @@ def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: Misma
         divisors: Divisors,
         ref_logps_NT: Tensor | None = None,
         entropies_NT: Tensor | None = None,
+        target: TargetInputs | None = None,
     ) -> tuple[Tensor, LossStats]:
         total = partial(aggregate, mask_NT=inputs.mask_NT, how=loss.aggregation, divisors=divisors)
         tokens, correction = compute_columns(
@@ -249,12 +262,20 @@ def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: Misma
             entropies_NT,
             clips_behavior_ratio=loss.old_policy == "behavior",
         )
+        factors = kind.factors(tokens, target, target_settings) if target and kind.factors else None
+        if factors is not None:
+            tokens = replace(tokens, weight_NT=tokens.weight_NT * factors.factor_NT)
         policy = surrogate(tokens, loss)
         value = total(tokens.weight_NT * policy.loss_NT)
         for name, term in terms.items():
             assert term.requires is None or getattr(tokens, term.requires) is not None, f"{name} needs {term.requires}"
             value = value + term.coefficient(loss) * total(term.per_token(tokens))
-        return value, _measure(tokens, policy, correction, total)
+        stats = _measure(tokens, policy, correction, total)
+        if target is None:
+            return value, stats
+        if kind.per_token is not None:
+            value = value + target.coefficient * total(kind.per_token(tokens, target))
+        return value, stats + _measure_target(tokens, target, factors)
 
     return policy_loss
 
@@ -335,6 +356,26 @@ def _measure(
     numbers = torch.cat([scalars, measure_mismatch(correction)]).tolist()
     mismatch = MismatchStats.from_numbers(numbers[len(sums) :])
     return LossStats(**dict(zip(sums, numbers, strict=False)), mismatch=mismatch)
+
+
+@torch.no_grad()
+def _measure_target(tokens: TokenColumns, target: TargetInputs, factors: TokenFactors | None) -> LossStats:
+    """Divergence from the teacher, and the token weights; with log-probabilities only the k3 estimate of KL(policy ||
+    teacher)."""
+    mask_NT = tokens.mask_NT
+    kl_NT = target.divergences_NT
+    if kl_NT is None:
+        assert target.teacher_logps_NT is not None
+        kl_NT = k3(log_ratio(target.teacher_logps_NT, tokens.logps_NT))
+    sums = {"target_tokens": mask_NT.sum(), "target_kl_sum": torch.where(mask_NT, kl_NT, 0.0).sum()}
+    if factors is not None:
+        sums |= {
+            "target_weighted_tokens": mask_NT.sum(),
+            "target_weight_sum": torch.where(mask_NT, factors.weight_NT, 0.0).sum(),
+            "target_weights_clipped": (mask_NT & factors.clipped_NT).sum(),
+        }
+    numbers = torch.stack([each.double() for each in sums.values()]).tolist()
+    return LossStats(**dict(zip(sums, numbers, strict=True)))
 
 
 def _bound(value: float | None, tokens: TokenColumns, *, unbounded: float = math.inf) -> Tensor:

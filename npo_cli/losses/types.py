@@ -42,6 +42,21 @@ class Divisors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TargetInputs:
+    """What a dense target adds to rows of the policy's own rollouts, all of which have the target. Detached, but for
+    the divergences."""
+
+    coefficient: float
+    """`target.weight` by its schedule."""
+    old_logps_NT: Tensor
+    """Under the policy at the start of the step."""
+    teacher_logps_NT: Tensor | None = None
+    """Of each token under the teacher, if the target reads them."""
+    divergences_NT: Tensor | None = None
+    """Of the policy's distribution from the teacher's, with gradient, if the target reads them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenColumns:
     """What surrogates and loss terms read, computed once per micro-batch. Every column is zero outside the mask."""
 
@@ -51,7 +66,7 @@ class TokenColumns:
     """log rho = logps - anchor, clamped to +-20 nats, with gradient."""
     weight_NT: Tensor
     """Factor on the token's policy loss after clipping: that of the importance ratio off-policy, that of the
-    inference/trainer mismatch on-policy."""
+    inference/trainer mismatch on-policy, times a dense target's token weight."""
     behavior_logps_NT: Tensor
     mask_NT: Tensor
     off_policy_NT: Tensor
@@ -186,6 +201,14 @@ class LossStats(Additive):
     """L1 norm of d policy loss / d log-probability."""
     off_policy_gradient_magnitude: float = 0.0
     """Its part on off-policy tokens."""
+    target_tokens: float = 0.0
+    """Tokens with a dense target: those that the teacher scored."""
+    target_kl_sum: float = 0.0
+    """Sum over those of the divergence, or of its k3 estimate."""
+    target_weighted_tokens: float = 0.0
+    target_weight_sum: float = 0.0
+    """Sum over those of the token weight, before it is mixed with 1."""
+    target_weights_clipped: float = 0.0
     mismatch: MismatchStats = field(default_factory=MismatchStats)
 
     def metrics(self) -> dict[str, float]:
@@ -204,4 +227,9 @@ class LossStats(Additive):
             metrics["inject/ratio_max"] = self.ratio_max
         if self.off_policy_tokens and self.gradient_magnitude:
             metrics["inject/gradient_l1_fraction"] = self.off_policy_gradient_magnitude / self.gradient_magnitude
+        if self.target_tokens:
+            metrics["target/kl"] = self.target_kl_sum / self.target_tokens
+        if self.target_weighted_tokens:
+            metrics["target/weight_mean"] = self.target_weight_sum / self.target_weighted_tokens
+            metrics["target/clipped_fraction"] = self.target_weights_clipped / self.target_weighted_tokens
         return metrics | self.mismatch.metrics()

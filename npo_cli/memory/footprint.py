@@ -50,6 +50,7 @@ def estimate_footprint(
     """Every allocation of a run: per training GPU, per engine GPU, per machine, and on disk."""
     footprint = _Footprint(recipe, shape, hardware)
     footprint.add_gpu_state()
+    footprint.add_teacher()
     footprint.add_update()
     footprint.add_sampling()
     footprint.add_extrapolation()
@@ -105,6 +106,23 @@ class _Footprint:
             self.add_sharded("always", "Adafactor rows and columns", self.optimizer_floats, self.trained_bytes)
         if self.recipe.loss.kl_coef > 0 and not shape.num_lora_params:
             self.add_sharded("always", "frozen base of the KL term", shape.num_params, self.weight_bytes)
+
+    def add_teacher(self) -> None:
+        """The frozen model of a dense target, taken to be of the policy's size, and its logits of a chunk.
+
+        Adapters share the policy's base, unless that is sharded.
+        """
+        if not self.recipe.has_target:
+            return
+        shape, train = self.shape, self.recipe.train
+        if shape.num_lora_params and self.num_gpus == 1:
+            self.add_sharded("always", "teacher's adapters", shape.num_lora_params, FLOAT_BYTES)
+        else:
+            self.add_sharded("always", "teacher of the dense target", shape.num_params, self.weight_bytes)
+        chunk = min(train.logit_chunk_tokens, max(train.micro_batch_tokens, self.row_tokens))
+        formula = f"{chunk:,} tokens x {shape.vocab_size:,} x {CHUNK_COPIES * FLOAT_BYTES} B"
+        num_bytes = chunk * shape.vocab_size * CHUNK_COPIES * FLOAT_BYTES
+        self.add("gpu", "update", "teacher's logits of a chunk", num_bytes, formula)
 
     def add_update(self) -> None:
         """Activations, logits and gathered weights of a forward and backward pass."""

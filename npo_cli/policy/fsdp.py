@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from npo_cli.config.recipe import DistributedSettings
 from npo_cli.distributed.process_group import current_group
-from npo_cli.policy.logprobs import Column, TokenScores, token_scores
+from npo_cli.policy.logprobs import Column, Head, TeacherStates, TokenScores, response_hidden, token_scores
 from npo_cli.policy.lora import AdapterInfo, adapter_tensors, base_tensors, read_fitting_adapters
 from npo_cli.policy.packing import PackedRows
 from npo_cli.policy.weights_io import read_fitting_weights, tied_names
@@ -26,6 +26,8 @@ from npo_cli.policy.weights_io import read_fitting_weights, tied_names
 WeightScope = Literal["all", "base", "adapters"]
 SCORE_METHOD = "npo_token_scores"
 """Method by which a sharded model scores: FSDP2 gathers weights around registered methods."""
+HIDDEN_METHOD = "npo_hidden_states"
+"""Method by which a sharded teacher computes hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,10 +104,16 @@ class ShardingContext:
         chunk_tokens: int,
         plain_head: bool,
         columns: Collection[Column] = (),
+        teacher: TeacherStates | None = None,
     ) -> TokenScores:
         """`logprobs.token_scores` with the weights gathered around it."""
         options = {"temperature": temperature, "chunk_tokens": chunk_tokens, "plain_head": plain_head}
-        return TokenScores(**getattr(model, SCORE_METHOD)(packed, **options, columns=columns))
+        return TokenScores(**getattr(model, SCORE_METHOD)(packed, **options, columns=columns, teacher=teacher))
+
+    def response_hidden(self, model: PreTrainedModel, packed: PackedRows, *, plain_head: bool) -> tuple[Tensor, Head]:
+        """`logprobs.response_hidden` with the weights gathered around it. The head stays whole for its later calls."""
+        hidden_UH = getattr(model, HIDDEN_METHOD)(packed, plain_head=plain_head)
+        return hidden_UH, model.get_output_embeddings() if plain_head else torch.nn.Identity()
 
 
 def shard_model(
@@ -129,6 +137,8 @@ def shard_model(
     fully_shard(model, **common, reshard_after_forward=False)
     setattr(model, SCORE_METHOD, MethodType(_scores, model))
     register_fsdp_forward_method(model, SCORE_METHOD)
+    setattr(model, HIDDEN_METHOD, MethodType(_hidden_states, model))
+    register_fsdp_forward_method(model, HIDDEN_METHOD)
     return ShardingContext(tied=tied, reshard_after_forward=settings.reshard_after_forward)
 
 
@@ -141,6 +151,10 @@ def _scores(model: PreTrainedModel, packed: PackedRows, **options: Any) -> dict[
         unused = [parameter for parameter in vision_tower_parameters(model) if parameter.requires_grad]
         found["logps_NT"] = found["logps_NT"] + sum(0.0 * parameter.sum() for parameter in unused)
     return found
+
+
+def _hidden_states(model: PreTrainedModel, packed: PackedRows, *, plain_head: bool) -> Tensor:
+    return response_hidden(model, packed, plain_head=plain_head)[0]
 
 
 def vision_tower_parameters(model: PreTrainedModel) -> list[Tensor]:

@@ -9,7 +9,7 @@ responses, H hidden size, W vocabulary.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from npo_cli.losses.divergence import DivergenceName, token_divergence
 from npo_cli.policy.packing import PackedRows
 
 HEAD_TEST_SCALE = 1000.0
@@ -33,9 +34,22 @@ class TokenScores:
     """Entropy of the distribution at that position (nats)."""
     collisions_NT: Tensor | None = None
     """sum_v p(v)^2 of the distribution at that position."""
+    divergences_NT: Tensor | None = None
+    """Divergence of the distribution at that position from a teacher's (nats)."""
 
 
 Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherStates:
+    """A teacher at the positions of a forward pass: its logits are computed a chunk at a time, like the policy's."""
+
+    hidden_UH: Tensor
+    head: Head
+    divergence: DivergenceName
+    top_k: int | None
+    """As in `target.top_k`."""
 
 
 class SelectedLogps(torch.autograd.Function):
@@ -68,25 +82,42 @@ def chunk_scores(
     *,
     temperature: float,
     columns: Collection[Column] = (),
+    teacher: TeacherStates | None = None,
 ) -> dict[str, Tensor]:
     """Log-probabilities of the targets and the requested columns, each `(M,)`, at `temperature`.
 
     The softmax is in float32, of float64 logits in float64. `unit_M`: the hidden state that predicts each target.
+    `teacher`: of these positions; adds the divergences.
     """
-    logits_UW = head(hidden_UH)
-    logits_UW = logits_UW.to(torch.promote_types(logits_UW.dtype, torch.float32))
-    if temperature != 1:
-        logits_UW = logits_UW / temperature
-    if not columns:
+    logits_UW = _logits(head, hidden_UH, temperature)
+    if not columns and teacher is None:
         return {"logps": SelectedLogps.apply(logits_UW, unit_M, target_M)}
+    found = {}
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_UW = _logits(teacher.head, teacher.hidden_UH, temperature)
+        divergence_U = token_divergence(teacher_UW, logits_UW, name=teacher.divergence, top_k=teacher.top_k)
+        found["divergences"] = divergence_U[unit_M]
+    if not columns:
+        return found | {"logps": SelectedLogps.apply(logits_UW, unit_M, target_M)}
     logps_UW = torch.log_softmax(logits_UW, dim=-1)
     probs_UW = logps_UW.exp()
-    found = {"logps": logps_UW[unit_M, target_M]}
+    found["logps"] = logps_UW[unit_M, target_M]
     if "entropies" in columns:
         found["entropies"] = -(probs_UW * logps_UW).sum(-1)[unit_M]
     if "collisions" in columns:
         found["collisions"] = probs_UW.square().sum(-1)[unit_M]
     return found
+
+
+def _logits(head: Head, hidden_UH: Tensor, temperature: float) -> Tensor:
+    logits_UW = head(hidden_UH)
+    logits_UW = logits_UW.to(torch.promote_types(logits_UW.dtype, torch.float32))
+    if temperature == 1:
+        return logits_UW
+    logits_UW = logits_UW / temperature
+    # A suppressed token's logit, the lowest number, would become -inf.
+    return logits_UW.clamp(min=torch.finfo(logits_UW.dtype).min) if temperature < 1 else logits_UW
 
 
 def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: bool) -> tuple[Tensor, Head]:
@@ -123,15 +154,23 @@ def token_scores(
     chunk_tokens: int,
     plain_head: bool,
     columns: Collection[Column] = (),
+    teacher: TeacherStates | None = None,
 ) -> TokenScores:
     """Score the packed responses; differentiable if gradients are on."""
     hidden_UH, head = response_hidden(model, packed, plain_head=plain_head)
     head = suppress_tokens(head, packed.suppressed_ids)
-    return score_in_chunks(hidden_UH, packed, head, chunk_tokens=chunk_tokens, temperature=temperature, columns=columns)
+    options = {"chunk_tokens": chunk_tokens, "temperature": temperature, "columns": columns}
+    return score_in_chunks(hidden_UH, packed, head, **options, teacher=teacher)
 
 
 def score_in_chunks(
-    hidden_UH: Tensor, packed: PackedRows, head: Head, *, chunk_tokens: int, **options: Any
+    hidden_UH: Tensor,
+    packed: PackedRows,
+    head: Head,
+    *,
+    chunk_tokens: int,
+    teacher: TeacherStates | None = None,
+    **options: Any,
 ) -> TokenScores:
     """Scores from hidden states, `chunk_tokens` positions at a time; `options` are those of `chunk_scores`.
 
@@ -144,6 +183,8 @@ def score_in_chunks(
         end = min(start + chunk_tokens, num_units)
         tokens = slice(firsts[start], firsts[end])
         inputs = (hidden_UH[start:end], packed.unit_M[tokens] - start, packed.target_M[tokens], head)
+        if teacher is not None:
+            options["teacher"] = replace(teacher, hidden_UH=teacher.hidden_UH[start:end])
         if torch.is_grad_enabled() and end < num_units:
             chunks.append(checkpoint(chunk_scores, *inputs, **options, use_reentrant=False))
         else:

@@ -17,16 +17,20 @@ from transformers.utils import logging
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
+from npo_cli.losses.divergence import DivergenceName
 from npo_cli.policy.device import choose_device, patch_with_liger
 from npo_cli.policy.fsdp import ShardingContext
 from npo_cli.policy.gguf import load_packaged, load_packaged_tokenizer
 from npo_cli.policy.logprobs import (
     Column,
+    TeacherStates,
     TokenScores,
     has_plain_head,
     mixed_precision,
     recompute_activations,
     remove_dropout,
+    response_hidden,
+    suppress_tokens,
     token_scores,
 )
 from npo_cli.policy.lora import (
@@ -235,12 +239,15 @@ class Policy:
         chunk_tokens: int,
         columns: Collection[Column] = (),
         pack_sizes: Sequence[int] | None = None,
+        distillation: "Distillation | None" = None,
     ) -> TokenScores:
         """Log-probabilities of responses, and the requested columns; differentiable if gradients are on.
 
-        `pack_sizes`: how many consecutive rows share their prompt's pass; None: none.
+        `pack_sizes`: how many consecutive rows share their prompt's pass; None: none. `distillation`: adds the
+        divergences from its teacher.
         """
         packed = self.pack(rows, pack_sizes)
+        teacher = None if distillation is None else distillation.compute_states(packed)
         scores = token_scores if self.sharding is None else self.sharding.token_scores
         without_adapters = disable_adapters(self.model) if self.is_base_only else nullcontext()
         precision = mixed_precision(self.model, self.compute_dtype)
@@ -252,7 +259,28 @@ class Policy:
                 chunk_tokens=chunk_tokens,
                 plain_head=self.plain_head,
                 columns=columns,
+                teacher=teacher,
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distillation:
+    """A frozen teacher whose distributions are compared with those of the policy that is scored."""
+
+    teacher: Policy
+    divergence: DivergenceName
+    top_k: int | None
+    """As in `target.top_k`."""
+
+    @torch.no_grad()
+    def compute_states(self, packed: PackedRows) -> TeacherStates:
+        """One pass of the teacher over the policy's packed rows."""
+        teacher = self.teacher
+        states = response_hidden if teacher.sharding is None else teacher.sharding.response_hidden
+        with mixed_precision(teacher.model, teacher.compute_dtype):
+            hidden_UH, head = states(teacher.model, packed, plain_head=teacher.plain_head)
+        head = suppress_tokens(head, packed.suppressed_ids)
+        return TeacherStates(hidden_UH=hidden_UH, head=head, divergence=self.divergence, top_k=self.top_k)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:

@@ -152,7 +152,7 @@ def assemble_batch(
     """
     recipe = session.recipe
     num_groups = recipe.train.prompts_per_step
-    guides = active_guide.rollouts if active_guide and step <= active_guide.until_step else None
+    guides = select_cached_guides(active_guide, step)
     recorded = [restore_prompt(session, group) for group in recorded]
     is_recorded = bool(recorded)
     on_policy: list[Group] = []
@@ -188,14 +188,25 @@ def assemble_batch(
     )
 
 
+def select_cached_guides(active_guide: ActiveGuide | None, step: int) -> GuidesByPrompt | None:
+    """The cached responses that may be injected at a step; None without a guide, or after its last step."""
+    return active_guide.rollouts if active_guide and step <= active_guide.until_step else None
+
+
 def plan_next_batch(
-    session: Session, *, seed_name: str, step: int, position: int, guides: GuidesByPrompt | None
+    session: Session,
+    *,
+    seed_name: str,
+    step: int,
+    position: int,
+    guides: GuidesByPrompt | None,
+    group_size: int | None = None,
 ) -> BatchPlan:
-    """The next prompts of the data order.
+    """The next prompts of the data order, with `group_size` rollouts each (None: train.group_size).
 
     The epoch is part of the seed label, so a small pool that wraps inside a step still gets fresh samples.
     """
-    strategy = open_mix_strategy(session, seed_name=seed_name, step=step)
+    strategy = open_mix_strategy(session, seed_name=seed_name, step=step, group_size=group_size)
     count = session.recipe.train.prompts_per_step
     batches = [
         PromptBatch(prompts=tuple(prompts), seed_label=(epoch,), guides=guides, strategy=strategy)
@@ -204,11 +215,11 @@ def plan_next_batch(
     return BatchPlan(prompt_batches=tuple(batches), position=position + count)
 
 
-def open_mix_strategy(session: Session, *, seed_name: str, step: int) -> MixStrategy:
+def open_mix_strategy(session: Session, *, seed_name: str, step: int, group_size: int | None = None) -> MixStrategy:
     """The recipe's strategy, with this step's seed."""
     train = session.recipe.train
     seed = derive_seed(train.seed, "seat", seed_name, step)
-    return make_mix_strategy(session.recipe.guide.inject, group_size=train.group_size, seed=seed)
+    return make_mix_strategy(session.recipe.guide.inject, group_size=group_size or train.group_size, seed=seed)
 
 
 def _split_by_epoch(session: Session, position: int, count: int) -> Iterator[tuple[int, list[Prompt]]]:

@@ -67,9 +67,10 @@ def check_distributed_recipe(recipe: Recipe, num_processes: int) -> None:
             f"{num_processes} processes hold the weights",
             "engine.vllm.weight_transfer=auto",
         )
-    if num_processes > train.prompts_per_step * train.group_size:
+    rollouts = train.prompts_per_step * min(train.group_size, recipe.target.group_size or train.group_size)
+    if num_processes > rollouts:
         raise NpoError(
-            f"{num_processes} processes for {train.prompts_per_step * train.group_size} rollouts per step",
+            f"{num_processes} processes for {rollouts} rollouts per step",
             "start fewer processes, or raise train.prompts_per_step",
         )
 

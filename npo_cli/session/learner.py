@@ -25,12 +25,13 @@ class Learner:
 
     recipe: Recipe
     branch: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """None: the base model of a run that begins."""
 
     @property
     def step(self) -> int:
         """The learner's step."""
-        return self.checkpoint.step
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
 
 def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> Learner:

@@ -37,10 +37,13 @@ class ResponseLogprobs:
 
 
 def plan_policy_passes(
-    policy: Policy | ExtrapolatedPolicy, settings: TrainSettings, rows: Sequence[TokenRow]
+    policy: Policy | ExtrapolatedPolicy, settings: TrainSettings, rows: Sequence[TokenRow], *, can_share: bool = True
 ) -> list[MicroBatch]:
-    """The forward passes over these rows, within train.micro_batch_tokens."""
-    costs = policy.packing if settings.share_prompts else None
+    """The forward passes over these rows, within train.micro_batch_tokens.
+
+    `can_share`: whether every other model that reads them can share prompts too.
+    """
+    costs = policy.packing if settings.share_prompts and can_share else None
     return plan_passes(rows, max_tokens=settings.micro_batch_tokens, costs=costs)
 
 

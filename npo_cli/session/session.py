@@ -43,6 +43,8 @@ class Session:
     order: DataOrder
     producer: Producer | None
     """Samples ahead while the session trains; None with train.staleness=0."""
+    teacher: Policy | None = None
+    """Frozen model of a dense target, in a session that trains; None without a target."""
 
     @property
     def distributed(self) -> ProcessGroup:

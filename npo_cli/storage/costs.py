@@ -46,11 +46,13 @@ class CostLine:
     """Tokens generated."""
     forwards: int = 0
     """Forward passes of sampling: one per token, two where a second model is read along."""
+    teacher_tokens: int = 0
+    """Tokens of own rollouts that the teacher of a dense target scored, in one pass over each response."""
     seconds: float = 0.0
     charged: tuple[str, ...] = ()
     """Artifacts and branches whose costs the branch also pays from here on."""
     until: tuple[str, int] | None = None
-    """Fork with a guide: the line of descent (branch, step) that had to be trained for it."""
+    """Fork with a guide or teacher: the line of descent (branch, step) that had to be trained for it."""
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
@@ -111,7 +113,8 @@ def encode_cost(line: CostLine) -> dict[str, object]:
 
 def append_fork_cost(run: RunDir, segment: Segment) -> None:
     """What a new branch is charged with before its first step: its guide cache, earlier caches for its learner that
-    found nothing, finished scorings for its learner, and the line of descent up to every guide and scored candidate.
+    found nothing, finished scorings for its learner, and the line of descent up to every guide, scored candidate and
+    teacher.
 
     Call it before the branch exists, so that no branch is without it. Without a guide the parent's costs at the fork
     are all.
@@ -130,6 +133,10 @@ def append_fork_cost(run: RunDir, segment: Segment) -> None:
         scored = [step for scoring in scorings for step in scoring.spec.checkpoints]
         folders = [*(run.guide_folder(cache.name) for cache in caches), *(scoring.folder for scoring in scorings)]
         until = (info.branch, max([segment.fork_step, *trained, *scored]))
+    if segment.teacher is not None:
+        # A guide and a teacher are of the same line.
+        branch, step = segment.teacher
+        until = (branch, max(step, segment.fork_step, until[1] if until else 0))
     line = CostLine(
         kind="fork",
         branch=segment.branch,
@@ -161,7 +168,7 @@ def read_cost_lines(run: RunDir) -> Iterator[CostLine]:
     """Every line, oldest first, checked."""
     path = costs_path(run)
     for number, line in enumerate(JsonlLog(path).read_records(CostLine), start=1):
-        counts = (line.step, line.updates, line.tokens, line.forwards, line.seconds)
+        counts = (line.step, line.updates, line.tokens, line.forwards, line.teacher_tokens, line.seconds)
         if any(isinstance(count, bool) or not isinstance(count, int | float) or not count >= 0 for count in counts):
             raise damaged_file_error(f"{path}, line {number}", "a cost is negative or no number")
         yield line

@@ -95,6 +95,11 @@ class RunDir:
         return read_run_info(self.root)
 
     @property
+    def exists(self) -> bool:
+        """Whether the run was created."""
+        return (self.root / RUN_INFO_FILE).exists()
+
+    @property
     def run_id(self) -> str:
         """uuid4 of the run, 32 hexadecimal digits: ties a guide cache to its run."""
         return self.info.run_id

@@ -35,7 +35,7 @@ def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = 
     """Record that training starts or resumes; from then on the branch exists. Sealed before it returns."""
     validate_name(segment.branch)
     log = JsonlLog(run.segments_path)
-    row = {name: value for name, value in to_row(segment).items() if name != "removed" or value}
+    row = {name: value for name, value in to_row(segment).items() if name not in ("teacher", "removed") or value}
     log.append({"time": now_utc(), **row, "overrides": list(overrides)})
     log.seal()
 

@@ -31,6 +31,7 @@ def training_cost(report: StepReport, *, updates: int) -> CostLine:
         updates=updates,
         tokens=tokens,
         forwards=int(report.metrics.get("forwards", tokens)),
+        teacher_tokens=int(report.metrics.get("target/tokens", 0)),
         seconds=report.timings["seconds"],
     )
 

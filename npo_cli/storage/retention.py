@@ -84,16 +84,17 @@ def apply_retention(
 def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
     """Checkpoints that unfinished work, or work that may be repeated, needs.
 
-    Fork points; learner, guide and older copy of every guide cache; the older copies that an extrapolated guide of a
-    branch goes back to; learner and candidates of every unfinished scoring; learner
-    and choice of the newest finished one; both ends of an intervention that a branch's recipe plans; and all that
-    AutoNPO may go back to.
+    Fork points and teachers of branches; learner, guide and older copy of every guide cache; the older copies that an
+    extrapolated guide of a branch goes back to; learner and candidates of every unfinished scoring; learner and choice
+    of the newest finished one; both ends of an intervention that a branch's recipe plans; and all that AutoNPO may go
+    back to.
     """
     needed: set[BranchStep] = set()
     live = set(list_branches(run))
     for segment in read_segments(run):
         if segment.parent is not None and segment.branch in live:
             needed.add((segment.parent, segment.fork_step))
+            needed |= {tuple(segment.teacher)} if segment.teacher else set()
     own_guides = [info for info in list_guide_caches(run) if info.run_id == run.run_id]
     for info in own_guides:
         steps = (info.learner_step, info.guide_step, info.older_step)

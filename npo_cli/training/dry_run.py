@@ -8,10 +8,11 @@ from pathlib import Path
 from npo_cli.config.recipe import Recipe
 from npo_cli.guides.candidates import find_candidates
 from npo_cli.guides.dry_run import plan_guide_cache, plan_scoring
+from npo_cli.guides.teacher import open_teacher
 from npo_cli.session.dry_run import open_dry_session, plan_steps
 from npo_cli.session.session import open_policy, open_task
-from npo_cli.storage.layout import check_unused, open_run
-from npo_cli.storage.lineage import list_branches
+from npo_cli.storage.layout import RunDir, check_unused, open_run
+from npo_cli.storage.lineage import find_first_segment, list_branches
 from npo_cli.storage.lock import hold_unchanged
 from npo_cli.training.disk import check_disk_space, plan_disk
 from npo_cli.training.replay import check_replay_branch, find_replay_guide, is_trained
@@ -35,6 +36,7 @@ def plan_training(
             check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         check_disk_space(root, recipe, policy, last_step=last)
+        open_teacher(RunDir(root), recipe, policy, parent=None, fork_step=0)
         yield from plan_steps(recipe, task, branch=MAIN, first=1, last=last)
         yield from plan_disk(root, recipe, policy, last_step=last)
 
@@ -69,6 +71,8 @@ def plan_resume(
             open_dry_session(run, start.recipe, checkpoint=start.checkpoint) as session,
             open_active_guide(session, start.segment) as guidance,
         ):
+            origin = start.segment if start.is_new else find_first_segment(run, start.branch)
+            open_teacher(run, start.recipe, session.policy, parent=origin.parent, fork_step=origin.fork_step)
             if start.is_new:
                 yield Notice(message=f"new branch: {start.branch}")
             first = 1 if start.checkpoint is None else start.checkpoint.step + 1

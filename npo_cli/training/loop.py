@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from npo_cli.errors import StoppedEarly, quote_path
 from npo_cli.guides.online import OnlineExtrapolation
+from npo_cli.guides.teacher import ActiveTarget, StepTarget
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.rollout.batch import (
@@ -24,6 +25,8 @@ from npo_cli.rollout.batch import (
     StepBatch,
     build_batch,
     collect_failed_prompts,
+    plan_next_batch,
+    select_cached_guides,
     update_failed_prompt_pool,
 )
 from npo_cli.rollout.mixing import count_injections
@@ -36,7 +39,7 @@ from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import CheckpointSaver
 from npo_cli.training.evaluate import evaluate_policy
-from npo_cli.training.update import Updater, UpdateReport, build_training_samples
+from npo_cli.training.update import TrainingSample, Updater, UpdateReport, build_training_samples
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.guides import ReplayBuffer
 from npo_cli.types.rollouts import Group, Notice, Rollout, StepReport, TrainingRecord
@@ -60,6 +63,8 @@ class Trainer:
     active_guide: ActiveGuide | None
     reference: Policy | None
     """Frozen base model; None if the loss has no KL term."""
+    target: ActiveTarget | None = None
+    """Dense target of the branch; None without a teacher."""
     online_guide: OnlineExtrapolation | None = None
     """Guide that is sampled while batches are built; None: a guide cache or none."""
 
@@ -161,8 +166,9 @@ def run_step(
     session.distributed.context = f"step {step}"
     started = time.perf_counter()
     online_guide = select_online_guide(trainer, state)
+    target = None if trainer.target is None else trainer.target.at_step(step)
     if queue is None:
-        batch, replay_buffer = build_step_batch(trainer, state, online_guide)
+        batch, replay_buffer = build_step_batch(trainer, state, online_guide, target)
         sampled = time.perf_counter()
         sampling_seconds = sampled - started
     else:
@@ -172,11 +178,9 @@ def run_step(
     lr = lr_at(step, session.recipe.train)
     try:
         inject = session.recipe.guide.inject
-        update = updater.take_step(
-            build_training_samples(session.policy, batch.selected, inject),
-            lr=lr,
-            measures_guide=step % inject.measure_every == 0,
-        )
+        samples = build_training_samples(session.policy, batch.selected, inject, target=target)
+        measures_guide = step % inject.measure_every == 0
+        update = updater.take_step(samples, lr=lr, target=target, measures_guide=measures_guide)
         updated = time.perf_counter()
     finally:
         # A step's rollouts are on record before its metrics.
@@ -187,6 +191,7 @@ def run_step(
     ended = time.perf_counter()
 
     metrics = compute_step_metrics(session, batch, update, step=step, lr=lr)
+    metrics |= target_metrics(target, samples, update)
     if replay_buffer is not None:
         metrics |= buffer_metrics(replay_buffer)
     if online_guide is not None:
@@ -232,13 +237,17 @@ def select_online_guide(trainer: Trainer, state: TrainerState) -> OnlineGuide | 
 
 
 def build_step_batch(
-    trainer: Trainer, state: TrainerState, online_guide: OnlineGuide | None
+    trainer: Trainer, state: TrainerState, online_guide: OnlineGuide | None, target: StepTarget | None
 ) -> tuple[StepBatch, ReplayBuffer | None]:
-    """The step's batch and the replay buffer after it; with ExGRPO a part of the prompts is replayed."""
+    """The step's batch and the replay buffer after it; with ExGRPO a part of the prompts is replayed. A dense target
+    may have a group size of its own."""
     session, replay_buffer, batch_plan = trainer.session, state.replay_buffer, None
     place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
     if replay_buffer is not None and replay_buffer.is_collecting:
         batch_plan = build_replay_batch(session, replay_buffer, **place)
+    if target is not None and target.settings.group_size is not None:
+        guides = select_cached_guides(trainer.active_guide, state.step + 1)
+        batch_plan = plan_next_batch(session, **place, guides=guides, group_size=target.settings.group_size)
     batch = build_batch(
         session,
         trainer.rollouts,
@@ -302,6 +311,20 @@ def compute_step_metrics(
     if update.num_skipped:
         metrics["skipped_updates"] = update.num_skipped
     return metrics
+
+
+def target_metrics(
+    target: StepTarget | None, samples: Sequence[TrainingSample], update: UpdateReport
+) -> dict[str, float]:
+    """Coefficient, rollouts with a target and tokens that the teacher scored; the rest is measured with the loss. Empty
+    without a target."""
+    if target is None:
+        return {}
+    return {
+        "target/coefficient": target.coefficient,
+        "target/rollouts": float(sum(sample.has_target for sample in samples)),
+        "target/tokens": update.stats.target_tokens,
+    }
 
 
 def _mean_reward(group: Group) -> float:

@@ -6,6 +6,7 @@ branch's name is part of every seed). Existing files are not changed.
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.lazy import open_lazy_guide
+from npo_cli.guides.teacher import describe_target, open_teacher
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.rollout.batch import ActiveGuide
@@ -77,6 +79,9 @@ def resume_run(
             open_session(run, start.recipe, checkpoint=start.checkpoint) as session,
             open_active_guide(session, start.segment) as guidance,
         ):
+            first = start.segment if start.is_new else find_first_segment(run, start.branch)
+            place = {"parent": first.parent, "fork_step": first.fork_step}
+            session = replace(session, teacher=open_teacher(run, start.recipe, session.policy, **place))
             optimizer = build_optimizer(session.policy.model, start.recipe.train)
             state = yield from load_first_state(session, optimizer, start)
             record_start(run, start, overrides)
@@ -87,6 +92,8 @@ def resume_run(
             yield from gate_warnings(run, start)
             yield from engine_warnings(session)
             trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
+            if trainer.target is not None:
+                yield Notice(message=describe_target(trainer.target))
             yield from grpo_steps(trainer, state, stop, until=until)
             record_finish(run, start.branch)
 

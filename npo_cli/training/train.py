@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch.optim import Optimizer
@@ -11,6 +12,7 @@ from npo_cli.config.base import is_dataset_id
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.guides.online import open_online_guide
+from npo_cli.guides.teacher import ActiveTarget, describe_target, make_teacher_absolute, open_teacher
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.model_folder import decide_chat
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
@@ -52,6 +54,8 @@ def train_run(
         optimizer = build_optimizer(session.policy.model, session.recipe.train)
         state = yield from init_state(session, optimizer)
         trainer = open_trainer(session, optimizer, branch=MAIN, active_guide=None)
+        if trainer.target is not None:
+            yield Notice(message=describe_target(trainer.target))
         yield from grpo_steps(trainer, state, stop, until=until)
         record_finish(session.run, MAIN)
 
@@ -78,7 +82,9 @@ def create_session(
             check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         check_disk_space(root, recipe, policy, last_step=last_step or recipe.train.num_steps)
+        teacher = open_teacher(RunDir(root), recipe, policy, parent=None, fork_step=0)
         with closing(build_session(RunDir(root), recipe, task=task, policy=policy)) as session:
+            session = replace(session, teacher=teacher)
             first = Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None)
             run = create_run(
                 root,
@@ -144,7 +150,10 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
     paths["verifier"] = verifiers[0] if isinstance(task.verifier, str) else verifiers
     if model.path and model.path not in BUNDLED_MODELS and Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute_path(model.path)})
-    return recipe.model_copy(update={"task": task.model_copy(update=paths), "model": model})
+    target = recipe.target
+    if target.teacher is not None:
+        target = target.model_copy(update={"teacher": make_teacher_absolute(target.teacher)})
+    return recipe.model_copy(update={"task": task.model_copy(update=paths), "model": model, "target": target})
 
 
 def _make_data_absolute(path: str) -> str:
@@ -191,8 +200,17 @@ def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_
         fork_step=find_first_segment(run, branch).fork_step,
         active_guide=active_guide,
         reference=reference,
+        target=open_target(session, branch),
         online_guide=open_online_guide(session, branch),
     )
+
+
+def open_target(session: Session, branch: str) -> ActiveTarget | None:
+    """The dense target of a branch, if its recipe has one."""
+    if session.teacher is None:
+        return None
+    fork_step = find_first_segment(session.run, branch).fork_step
+    return ActiveTarget(settings=session.recipe.target, teacher=session.teacher, fork_step=fork_step)
 
 
 def load_reference_policy(session: Session) -> Policy:

@@ -16,12 +16,13 @@ from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.partition import partition_by_tokens
 from npo_cli.distributed.process_group import current_group
+from npo_cli.guides.teacher import StepTarget
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss, needs_entropies
-from npo_cli.losses.types import Divisors, LossInputs, LossStats
+from npo_cli.losses.types import Divisors, LossInputs, LossStats, TargetInputs
 from npo_cli.policy.fsdp import to_scalar
 from npo_cli.policy.logprobs import Column, TokenScores
-from npo_cli.policy.model import Policy
+from npo_cli.policy.model import Distillation, Policy
 from npo_cli.policy.optimizer import set_lr
 from npo_cli.policy.packing import MicroBatch, TokenRow
 from npo_cli.rollout.batch import GroupWithAdvantages
@@ -44,6 +45,8 @@ class TrainingSample:
     clip_off_policy: bool = True
     old_logps_T: Tensor | None = None
     """Under the weights at the start of the step; None if these are the current weights."""
+    has_target: bool = False
+    """Whether a dense target applies to its tokens."""
 
     @property
     def is_off_policy(self) -> bool:
@@ -74,9 +77,14 @@ class UpdateReport:
 
 
 def build_training_samples(
-    policy: Policy, selected: Sequence[GroupWithAdvantages], inject: InjectSettings
+    policy: Policy,
+    selected: Sequence[GroupWithAdvantages],
+    inject: InjectSettings,
+    *,
+    target: StepTarget | None = None,
 ) -> list[TrainingSample]:
-    """One sample per rollout, group after group.
+    """One sample per rollout, group after group. With a dense target that replaces the policy gradient advantages are
+    0.
 
     On-policy tokens are always clipped in a batch without off-policy tokens. Raises NpoError if `inject.ratio` needs
     log-probabilities that trained off-policy tokens do not have.
@@ -91,11 +99,12 @@ def build_training_samples(
     return [
         TrainingSample(
             tokens=policy.row(entry.group.prompt, rollout.response_ids),
-            advantage=advantage,
+            advantage=0.0 if target is not None and target.replaces_policy_gradient else advantage,
             behavior_logps=rollout.behavior_logps,
             spans=rollout.provenance,
             clip_on_policy=inject.clip_on_policy or not is_mixed,
             clip_off_policy=inject.clip_off_policy,
+            has_target=target is not None and target.applies_to(rollout),
         )
         for entry in selected
         for rollout, advantage in zip(entry.group.rollouts, entry.advantages, strict=True)
@@ -128,6 +137,18 @@ def build_loss_inputs(samples: Sequence[TrainingSample], *, like: Tensor) -> Los
     )
 
 
+def build_target_inputs(
+    target: StepTarget, inputs: LossInputs, scores: TokenScores, teacher_logps_NT: Tensor | None
+) -> TargetInputs:
+    """What the target adds to these rows."""
+    return TargetInputs(
+        coefficient=target.coefficient,
+        old_logps_NT=scores.logps_NT.detach() if inputs.old_logps_NT is None else inputs.old_logps_NT,
+        teacher_logps_NT=teacher_logps_NT,
+        divergences_NT=scores.divergences_NT,
+    )
+
+
 class Updater:
     """Policy, optimizer and loss. Every rank calls `take_step` with the same samples and gets the same report."""
 
@@ -135,20 +156,28 @@ class Updater:
         self, policy: Policy, optimizer: Optimizer, recipe: Recipe, *, reference: Policy | None = None
     ) -> None:
         self.policy, self.optimizer, self.recipe, self.reference = policy, optimizer, recipe, reference
-        self.policy_loss = make_policy_loss(recipe.loss, recipe.guide.inject, recipe.mismatch)
+        self.policy_loss = make_policy_loss(recipe.loss, recipe.guide.inject, recipe.mismatch, recipe.target)
         self.trains_zero_advantages = has_loss_terms(recipe.loss)
         self.columns: list[Column] = ["entropies"] if needs_entropies(recipe.loss) else []
 
-    def take_step(self, samples: Sequence[TrainingSample], *, lr: float, measures_guide: bool = True) -> UpdateReport:
+    def take_step(
+        self,
+        samples: Sequence[TrainingSample],
+        *,
+        lr: float,
+        target: StepTarget | None = None,
+        measures_guide: bool = True,
+    ) -> UpdateReport:
         """Split the samples into `train.num_updates` parts and update once with each.
 
-        The ratio of the first part is 1: its old log-probabilities are the current ones. `measures_guide`: whether the
-        guide's gradient fraction is measured, for which its rows have passes of their own and the gradient a copy.
+        The ratio of the first part is 1: its old log-probabilities are the current ones. `target`: of the samples that
+        have one. `measures_guide`: whether the guide's gradient fraction is measured, for which its rows have passes of
+        their own and the gradient a copy.
         """
         size = -(-len(samples) // self.recipe.train.num_updates) if samples else 1
-        samples = [*samples[:size], *self._with_old_logps(samples[size:])]
+        samples = [*samples[:size], *self._with_old_logps(samples[size:], target)]
         reports = [
-            self.update(samples[start : start + size], lr=lr, measures_guide=measures_guide)
+            self.update(samples[start : start + size], lr=lr, target=target, measures_guide=measures_guide)
             for start in range(0, max(1, len(samples)), size)
         ]
         fractions = [report.grad_norm_fraction for report in reports if report.grad_norm_fraction is not None]
@@ -161,9 +190,9 @@ class Updater:
             num_rows=sum(report.num_rows for report in reports),
         )
 
-    def _with_old_logps(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    def _with_old_logps(self, samples: Sequence[TrainingSample], target: StepTarget | None) -> list[TrainingSample]:
         """The samples with log-probabilities under the current weights, where they take part in the loss."""
-        places = [place for place, sample in enumerate(samples) if self._is_trained(sample)]
+        places = [place for place, sample in enumerate(samples) if self._is_trained(sample, target)]
         found = list(samples)
         if self.recipe.reuses_logprobs:
             for place in places:
@@ -177,18 +206,26 @@ class Updater:
                 found[place] = replace(samples[place], old_logps_T=scores.logps_T)
         return found
 
-    def _is_trained(self, sample: TrainingSample) -> bool:
+    def _is_trained(self, sample: TrainingSample, target: StepTarget | None) -> bool:
         """Whether the sample needs a pass: it has an advantage, or the loss has terms beside the surrogate."""
-        return bool(sample.advantage) or self.trains_zero_advantages
+        has_term = target is not None and target.adds_term and sample.has_target
+        return bool(sample.advantage) or self.trains_zero_advantages or has_term
 
-    def update(self, samples: Sequence[TrainingSample], *, lr: float, measures_guide: bool = True) -> UpdateReport:
+    def update(
+        self,
+        samples: Sequence[TrainingSample],
+        *,
+        lr: float,
+        target: StepTarget | None = None,
+        measures_guide: bool = True,
+    ) -> UpdateReport:
         """One optimizer update. Samples without advantage count in the divisors; they need no pass."""
         divisors = Divisors(
             num_sequences=max(1, len(samples)),
             num_tokens=max(1, sum(sample.num_tokens for sample in samples)),
             max_tokens=self.recipe.sampling.max_new_tokens,
         )
-        useful = [sample for sample in samples if self._is_trained(sample)]
+        useful = [sample for sample in samples if self._is_trained(sample, target)]
         off_policy = [sample for sample in useful if sample.is_off_policy]
         on_policy = [sample for sample in useful if not sample.is_off_policy]
         idle = sum(sample.num_tokens for sample in samples if not sample.is_off_policy) - sum(
@@ -197,9 +234,15 @@ class Updater:
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         apart, rest = (off_policy, on_policy) if measures_guide else ([], useful)
+        # The teacher reads no other rows than those with a target.
+        with_target = [sample for sample in rest if target is not None and sample.has_target]
+        rest = [sample for sample in rest if target is None or not sample.has_target]
         apart_loss, apart_stats = self.accumulate_gradients(apart, divisors)
         off_policy_gradients = self._gradients() if apart else None
         rest_loss, rest_stats = self.accumulate_gradients(rest, divisors)
+        if with_target:
+            target_loss, target_stats = self.accumulate_gradients(with_target, divisors, target=target)
+            rest_loss, rest_stats = rest_loss + target_loss, rest_stats + target_stats
         fraction = None if off_policy_gradients is None else self._gradient_norm_fraction(off_policy_gradients)
         with current_group().phase("update"):
             grad_norm = self._apply()
@@ -212,12 +255,21 @@ class Updater:
             num_rows=len(useful),
         )
 
-    def accumulate_gradients(self, samples: Sequence[TrainingSample], divisors: Divisors) -> tuple[float, LossStats]:
-        """Forward and backward over the samples, a part per rank; loss and statistics are sums over all ranks."""
+    def accumulate_gradients(
+        self, samples: Sequence[TrainingSample], divisors: Divisors, *, target: StepTarget | None = None
+    ) -> tuple[float, LossStats]:
+        """Forward and backward over the samples, a part per rank; loss and statistics are sums over all ranks.
+
+        `target`: of all these samples.
+        """
         group = current_group()
         sizes = [sample.tokens.num_tokens for sample in samples]
         parts = [[samples[index] for index in part] for part in partition_by_tokens(sizes, group.world_size)]
-        plans = [plan_policy_passes(self.policy, self.recipe.train, [each.tokens for each in part]) for part in parts]
+        shares = target is None or target.can_share_prompts
+        plans = [
+            plan_policy_passes(self.policy, self.recipe.train, [each.tokens for each in part], can_share=shares)
+            for part in parts
+        ]
         with group.phase("update"):
             sums = self.run_passes(
                 parts[group.rank],
@@ -226,6 +278,7 @@ class Updater:
                 num_passes=max(map(len, plans)),
                 # FSDP2 takes the mean over ranks, and the divisors are those of the whole update already.
                 gradient_scale=group.world_size,
+                target=target,
             )
             every = group.gather(sums, phase="update")
         return sum(loss for loss, _ in every), sum((stats for _, stats in every), start=LossStats())
@@ -238,6 +291,7 @@ class Updater:
         *,
         num_passes: int,
         gradient_scale: float,
+        target: StepTarget | None = None,
     ) -> tuple[float, LossStats]:
         """Forward and backward, pass by pass; gradients, times `gradient_scale`, add up in the parameters.
 
@@ -247,25 +301,31 @@ class Updater:
         for number, batch in enumerate(plan):
             report_activity(Activity(name="update", done=number, total=len(plan)))
             rows = [samples[index] for index in batch.indices]
-            scores = self._score(self.policy, rows, batch.pack_sizes, columns=self.columns)
+            teacher_logps_NT = self._teacher_logps(target, rows, batch.pack_sizes)
+            distillation = None if target is None else target.distillation
+            scores = self._score(self.policy, rows, batch.pack_sizes, columns=self.columns, distillation=distillation)
+            inputs = build_loss_inputs(rows, like=scores.logps_NT)
             loss, measured = self.policy_loss(
                 scores.logps_NT,
-                build_loss_inputs(rows, like=scores.logps_NT),
+                inputs,
                 divisors=divisors,
                 ref_logps_NT=self._reference_logps(rows, batch.pack_sizes),
                 entropies_NT=scores.entropies_NT,
+                target=None if target is None else build_target_inputs(target, inputs, scores, teacher_logps_NT),
             )
             (loss if gradient_scale == 1 else loss * gradient_scale).backward()
             total, stats = total + loss.item(), stats + measured
         for _ in range(num_passes - len(plan)):
-            self._run_empty_pass()
+            self._run_empty_pass(target)
         return total, stats
 
-    def _run_empty_pass(self) -> None:
+    def _run_empty_pass(self, target: StepTarget | None) -> None:
         tokens = TokenRow(prompt_ids=(0,), response_ids=(0,))
         empty = TrainingSample(tokens=tokens, advantage=0.0, behavior_logps=None, spans=())
         self._reference_logps([empty], [1])
-        (self._score(self.policy, [empty], [1]).logps_NT.sum() * 0.0).backward()
+        self._teacher_logps(target, [empty], [1])
+        distillation = None if target is None else target.distillation
+        (self._score(self.policy, [empty], [1], distillation=distillation).logps_NT.sum() * 0.0).backward()
 
     def _score(
         self,
@@ -274,6 +334,7 @@ class Updater:
         pack_sizes: Sequence[int],
         *,
         columns: Sequence[Column] = (),
+        distillation: Distillation | None = None,
     ) -> TokenScores:
         return policy.score(
             [sample.tokens for sample in samples],
@@ -281,7 +342,17 @@ class Updater:
             chunk_tokens=self.recipe.train.logit_chunk_tokens,
             columns=columns,
             pack_sizes=pack_sizes,
+            distillation=distillation,
         )
+
+    @torch.no_grad()
+    def _teacher_logps(
+        self, target: StepTarget | None, samples: Sequence[TrainingSample], pack_sizes: Sequence[int]
+    ) -> Tensor | None:
+        """Of each token under the teacher, if the target reads them."""
+        if target is None or not target.reads_logps:
+            return None
+        return self._score(target.teacher, samples, pack_sizes).logps_NT
 
     @torch.no_grad()
     def _reference_logps(self, samples: Sequence[TrainingSample], pack_sizes: Sequence[int]) -> Tensor | None:

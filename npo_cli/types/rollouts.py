@@ -267,6 +267,9 @@ class Segment:
     """Name of the guide cache mixed in, or None for plain GRPO."""
     guide_until: int | None
     """Last step at which the guide is mixed in."""
+    teacher: tuple[str, int] | None = None
+    """Branch and step of the checkpoint that is the teacher of the branch's dense target; None without one of this
+    run."""
     removed: tuple[str, ...] = ()
     """Not empty: the branch ends here (`npo rm`); folders that were deleted, relative to the run directory."""
 

@@ -128,7 +128,8 @@ def test_conditions_name_settings_and_values_that_exist():
             assert key in fields
             for value in () if needed == IS_SET else needed:
                 section, _, name = key.rpartition(".")
-                nested = {name: [value] if key == "tracking.report_to" else value}
+                beside = {"teacher": "self"} if key == "target.kind" else {}
+                nested = {name: [value] if key == "tracking.report_to" else value} | beside
                 for part in reversed(section.split(".")):
                     nested = {part: nested}
                 recipe_from_dict({"train": {"save_every": 5}} | nested)

@@ -48,6 +48,24 @@ def test_two_processes_equal_one_with_lora_penalties_and_checkpointing(overrides
     assert_same_metrics(metrics(tmp_path / "double"), metrics(tmp_path / "single"))
 
 
+@pytest.mark.parametrize("lora", [(), LORA], ids=["full", "lora"])
+def test_dense_targets_of_two_processes_equal_one(lora, tmp_path):
+    # Few wrong rollouts and small passes: ranks need different numbers of passes, and of the teacher's.
+    train(tmp_path / "single", *lora, "train.micro_batch_tokens=90", "train.logit_chunk_tokens=20")
+    root = copy_run(tmp_path / "single", tmp_path / "double")
+    settings = ("target.teacher=checkpoint:4",)
+    for kind, more in (("distribution", ("target.group_size=3",)), ("token_weight", ())):
+        overrides = (*settings, f"target.kind={kind}", *more)
+        run("resume", str(root), "--at", "2", "--no-guide", "--new-branch", kind, *overrides, log=tmp_path / "log")
+        resume(tmp_path / "single", *overrides, at=2, new_branch=kind)
+        double, single = (
+            [json.loads(line) for line in RunDir(one).metrics_path(kind).read_text().splitlines()]
+            for one in (root, tmp_path / "single")
+        )
+        assert_same_metrics(double, single)
+        assert all(row["target/kl"] > 0 for row in double)
+
+
 def score_with_two_processes(*arguments: str, log: Path) -> list[list[float]]:
     run(*arguments, log=log, module="tests.helpers.scoring_worker")
     return json.loads(next(line for line in log.read_text().splitlines() if line.startswith("[[")))

@@ -23,6 +23,7 @@ from npo_cli.registry import (
     GUIDE_SOURCES,
     IMPORTANCE_RATIOS,
     MIX_STRATEGIES,
+    TARGETS,
     TASKS,
     TRACKERS,
     Registry,
@@ -199,7 +200,7 @@ def test_every_built_in_has_a_row_on_its_page(page: str, plugins: Registry) -> N
 
 
 @pytest.mark.parametrize(
-    "plugins", [ENGINES, TASKS, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS], ids=lambda plugins: plugins.kind
+    "plugins", [ENGINES, TASKS, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS, TARGETS], ids=lambda plugins: plugins.kind
 )
 def test_every_built_in_is_named_in_the_description_of_its_setting(plugins: Registry) -> None:
     (setting,) = describe_config(plugins.setting)

@@ -93,3 +93,16 @@ def test_bench_plan_restarts_a_run_killed_before_its_first_checkpoint(tmp_path):
     shutil.rmtree(here.run / "branches" / "main" / "checkpoints")
     assert find_remaining_command(training, here) == training
     assert not here.run.exists()
+
+
+def test_method_plans_of_dense_targets_name_the_later_checkpoint_as_teacher(tmp_path):
+    steps = ("guide.replay.at_step=2", "guide.replay.guide_step=4")
+    for method, kind in (("matched/distill", "distribution"), ("matched/token-weight", "token_weight")):
+        first, second = build_commands(bench_run(tmp_path, method, *steps))
+        assert first[first.index("--until") + 1] == "4"
+        assert {f"target.kind={kind}", "target.teacher=checkpoint:4", "--no-guide"} <= set(second)
+        assert second[second.index("--at") + 1] == "2"
+    for method in ("controls/distill-self", "controls/small-groups"):
+        first, second = build_commands(bench_run(tmp_path, method, *steps))
+        assert first[first.index("--until") + 1] == "2"
+        assert "target.teacher=self" in second

@@ -223,3 +223,13 @@ def test_disk_space_of_a_server_holds_the_model_and_one_weight_sync():
 
 def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_footprint_of_a_dense_target_counts_teacher_and_its_logits():
+    target = {"kind": "distribution", "teacher": "checkpoint:80"}
+    sizes = {each.label: each.num_bytes for each in estimate_footprint(recipe(target=target), SHAPE, GPU)}
+    # 1000 weights x 4 B; 70 tokens x 50 x 4 rows of 4 B
+    assert sizes["teacher of the dense target"] == 4000
+    assert sizes["teacher's logits of a chunk"] == 56000
+    plain = {each.label for each in estimate_footprint(recipe(), SHAPE, GPU)}
+    assert sizes.keys() - plain == {"teacher of the dense target", "teacher's logits of a chunk"}

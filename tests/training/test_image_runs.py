@@ -189,3 +189,10 @@ def test_image_run_with_vllm_needs_torchvision(kind: str, untaught_vl: Path, tmp
     with pytest.raises(NpoError, match=f"engine.kind={kind} reads images with torchvision"):
         list(training(tmp_path / "run", untaught_vl, f"engine.kind={kind}"))
     assert not (tmp_path / "run").exists()
+
+
+def test_dense_target_of_an_image_run(copied):
+    reports = resume(copied, "target.kind=distribution", "target.teacher=checkpoint:4", at=2, new_branch="dense")
+    assert [report.metrics["target/kl"] > 0 for report in reports] == [True, True]
+    session = open_session_at(copied, 2, branch="main")
+    assert session.policy.vision is not None and session.policy.vision.suppressed_ids

@@ -37,6 +37,8 @@ class SampledCheckpoint(GuideSource):
     """
 
     uses_engine = True
+    has_distribution = True
+    is_of_run = True
 
     def __init__(self, spec: SourceSpec, target: ReplayTarget) -> None:
         super().__init__(spec, target)
@@ -96,6 +98,14 @@ class SampledCheckpoint(GuideSource):
         return [
             next(logps) if rollout.sampler_step == self.guide_step else rollout.behavior_logps for _, rollout in pairs
         ]
+
+    def load_teacher(self) -> Policy:
+        """A second model with the checkpoint's weights, or adapters."""
+        from npo_cli.policy.model import load_policy
+        from npo_cli.storage.checkpoints import verify_checkpoint
+
+        verify_checkpoint(self.checkpoint)
+        return load_policy(self.target.learner.recipe.model, self.checkpoint.path)
 
     def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are loaded for this pass."""

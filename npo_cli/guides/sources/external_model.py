@@ -45,6 +45,7 @@ class ExternalModelSource(GuideSource):
     summary = "a model from a folder or the Hugging Face hub"
     options: ClassVar[Mapping[str, str]] = {"model": "folder, or id on the Hugging Face hub"}
     has_logprobs = None
+    has_distribution = True
 
     @classmethod
     def parse(cls, argument: str) -> dict[str, OptionValue]:
@@ -94,6 +95,14 @@ class ExternalModelSource(GuideSource):
 
         settings = self.target.learner.recipe.model
         return load_policy(settings.model_copy(update={"path": str(self.spec.options["model"])}))
+
+    def load_teacher(self) -> Policy:
+        """The model without a session; of a recipe with LoRA without adapters."""
+        from npo_cli.config.recipe import LoraSettings
+        from npo_cli.policy.model import load_policy
+
+        settings, path = self.target.learner.recipe.model, str(self.spec.options["model"])
+        return load_policy(settings.model_copy(update={"path": path, "lora": LoraSettings()}))
 
     def _load_or_refuse(self) -> Policy:
         try:
@@ -230,7 +239,7 @@ class OtherRunSource(ExternalModelSource):
 
         options = self.spec.options
         other = open_run(Path(str(options["dir"])))
-        if other.run_id == self.target.run.run_id:
+        if self.target.run.exists and other.run_id == self.target.run.run_id:
             raise NpoError(
                 f"{options['dir']} is this run itself",
                 f"its own checkpoints: npo sample-guide {quote_path(self.target.run.root)} --source STEP",
@@ -261,6 +270,10 @@ class OtherRunSource(ExternalModelSource):
 
         verify_checkpoint(self.checkpoint)
         return load_policy(self.target.learner.recipe.model, self.checkpoint.path)
+
+    def load_teacher(self) -> Policy:
+        """The checkpoint's weights, or with LoRA its adapters on the learner's base."""
+        return self._load()
 
     @property
     def guide_training_tokens(self) -> int:
