@@ -193,10 +193,10 @@ def save_panels(plots: Sequence["Plot"], path: Path, *, title: str) -> None:
     rows = -(-len(plots) // columns)
     height = plots[0].height if len(plots) == 1 else 0.4 + HEIGHT * rows
     with open_figure(path, title=title, height=max(height, 2.0)) as figure:
-        panels = figure.subplots(rows, columns, squeeze=False).flat
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for plot, panel in zip(plots, panels, strict=False):
             plot.draw(panel)
-        for panel in list(panels)[len(plots) :]:
+        for panel in panels[len(plots) :]:
             panel.set_axis_off()
 
 

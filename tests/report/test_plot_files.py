@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from npo_cli.report.curve_plots import Curve, make_accuracy_plots, make_training_plots, moving_mean
 from npo_cli.report.lineage_plot import make_lineage_plot
-from npo_cli.report.plotting import Plot, render_svg, save_plot
+from npo_cli.report.plotting import Plot, render_svg, save_panels, save_plot
 from npo_cli.report.score_plots import make_probe_plots, make_score_plots
 from npo_cli.types.costs import CurvePoint
 from npo_cli.types.rollouts import StepReport
@@ -172,3 +172,11 @@ def test_plot_probe_distances_omit_missing_values():
     points = drawn(variance).lines[0].get_xydata().tolist()
     assert points == [[10, 2.0]]
     assert variance.name == "p-variance"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_picture_of_several_plots_has_no_empty_panel(tmp_path, count):
+    """Each panel that is seen has an x axis and a y axis."""
+    path = tmp_path / "panels.svg"
+    save_panels(list(make_score_plots([SCORE, FAR_SCORE], prefix=""))[:count], path, title="scores")
+    assert path.read_text().count('id="matplotlib.axis_') == 2 * count
