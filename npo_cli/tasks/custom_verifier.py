@@ -6,6 +6,7 @@ goes to stderr.
 """
 
 import ast
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -153,7 +154,7 @@ def check_code(code: str, setting: str) -> None:
         )
     if not is_code_allowed(code):
         raise NpoError(
-            f"{setting}={code} is user code, which runs only with --allow-code",
+            f"{setting}={_shorten(code)} is user code, which runs only with --allow-code",
             "read the file, then add --allow-code to the command",
         )
     if path is None:
@@ -161,6 +162,12 @@ def check_code(code: str, setting: str) -> None:
     if not path.is_file():
         raise NpoError(f"{setting} names a file that does not exist: {path}", "fix the path before the colon")
     _require_function(path, function, setting)
+
+
+def _shorten(code: str) -> str:
+    """`file.py:function` from the current folder, where the file is below it: recipes hold absolute paths."""
+    path, folder = Path(code.rpartition(":")[0]), Path.cwd()
+    return code.replace(f"{folder}{os.sep}", "", 1) if path.is_relative_to(folder) else code
 
 
 def check_verifier_file(verifier: str) -> None:

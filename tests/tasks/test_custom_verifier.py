@@ -111,7 +111,9 @@ def refusal(verifier: str) -> NpoError:
 
 
 def test_custom_verifier_is_refused_without_permission(folder: Path):
-    assert "--allow-code" in Context().run(refusal, "mine.py:check").hint
+    error = Context().run(refusal, "mine.py:check")
+    assert "--allow-code" in error.hint
+    assert Context().run(refusal, f"{folder / 'mine.py'}:check").message == error.message
 
 
 def test_custom_verifier_missing_file_or_function_is_named(folder: Path):
