@@ -1,4 +1,4 @@
-"""Several damaged files at once: each is named by `npo verify`, no command takes them for whole, and the copies help.
+"""Several damaged files at once: each is named by `npo verify`, commands end without a traceback, and copies help.
 
 NPO_DAMAGES is the number of damaged runs (default 20).
 """
