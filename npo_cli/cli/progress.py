@@ -132,6 +132,8 @@ class ProgressDisplay:
 
     def draw(self, part: Part, now: float, *, is_step: bool) -> None:
         """Show how far a part is."""
+        if part.is_finished and part.branch is None:
+            return  # its last line comes with its end
         name = part.last.description
         is_due = now - self._shown_at.get(name, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES
         if is_due or (part.is_finished and part.branch is not None) or (self.is_verbose and is_step):

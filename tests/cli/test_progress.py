@@ -30,6 +30,15 @@ def test_plain_progress_prints_first_last_and_every_five_seconds(capsys):
     ]
 
 
+def test_a_part_whose_last_record_comes_late_ends_with_one_line(capsys):
+    clock = Clock()
+    lines = ProgressDisplay(clock=clock)
+    for done in (1, 2):
+        clock.now += 9.0
+        lines.show(Progress(description="work", done=done, total=2))
+    assert capsys.readouterr().err.splitlines() == ["work 1/2", "work 2/2  elapsed 0:09"]
+
+
 def test_plain_progress_has_a_rate_per_description(capsys):
     lines = ProgressDisplay(clock=Clock())
     lines.show(Progress(description="one", done=1, total=9))
