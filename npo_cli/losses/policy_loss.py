@@ -262,7 +262,7 @@ def make_policy_loss(
             entropies_NT,
             clips_behavior_ratio=loss.old_policy == "behavior",
         )
-        factors = kind.factors(tokens, target, target_settings) if target and kind.factors else None
+        factors = None if target is None else kind.compute_factors(tokens, target, target_settings)
         if factors is not None:
             tokens = replace(tokens, weight_NT=tokens.weight_NT * factors.factor_NT)
         policy = surrogate(tokens, loss)
@@ -273,8 +273,9 @@ def make_policy_loss(
         stats = _measure(tokens, policy, correction, total)
         if target is None:
             return value, stats
-        if kind.per_token is not None:
-            value = value + target.coefficient * total(kind.per_token(tokens, target))
+        term_NT = kind.compute_term(tokens, target)
+        if term_NT is not None:
+            value = value + target.coefficient * total(term_NT)
         return value, stats + _measure_target(tokens, target, factors)
 
     return policy_loss

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npo_cli.config.target import TargetSettings
+from npo_cli.errors import RunFailed
 from npo_cli.losses.importance_ratio import log_ratio
 from npo_cli.losses.types import TargetInputs, TokenColumns
 
@@ -41,6 +42,29 @@ class Target:
     """Multiplies the token's policy loss, which is linear in the advantage: a factor on A_t."""
     per_token: Callable[[TokenColumns, TargetInputs], Tensor] | None = None
     """Term `(N, T)` beside the policy loss, with gradient; its coefficient is `TargetInputs.coefficient`."""
+
+    def compute_factors(
+        self, tokens: TokenColumns, target: TargetInputs, settings: TargetSettings
+    ) -> TokenFactors | None:
+        """The factors of these rows, None if it has none. Raises RunFailed if the function does not return them."""
+        if self.factors is None:
+            return None
+        found = self.factors(tokens, target, settings)
+        if not isinstance(found, TokenFactors) or found.factor_NT.shape != tokens.mask_NT.shape:
+            raise RunFailed(
+                f"target.kind={self.name} returned no TokenFactors with a factor per token",
+                "fix the target's `factors`",
+            )
+        return found
+
+    def compute_term(self, tokens: TokenColumns, target: TargetInputs) -> Tensor | None:
+        """The term of these rows, None if it has none. Raises RunFailed if the function does not return one."""
+        if self.per_token is None:
+            return None
+        found = self.per_token(tokens, target)
+        if not isinstance(found, Tensor) or found.shape != tokens.mask_NT.shape:
+            raise RunFailed(f"target.kind={self.name} returned no number per token", "fix the target's `per_token`")
+        return found
 
 
 def weigh_tokens(tokens: TokenColumns, target: TargetInputs, settings: TargetSettings) -> TokenFactors:

@@ -9,6 +9,7 @@ from torch import Tensor, tensor
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import LossSettings
 from npo_cli.config.target import TargetSettings
+from npo_cli.errors import RunFailed
 from npo_cli.losses.policy_loss import make_policy_loss
 from npo_cli.losses.target import Target
 from npo_cli.losses.types import LossInputs, LossStats, TargetInputs
@@ -136,6 +137,17 @@ def test_target_from_a_plug_in():
         value, _ = compute_loss(settings(kind="surprise"), target, logps_NT, rows, aggregation="token_mean")
     # -ln p_teacher ln .5 over 5 tokens: ln .5 (.5978 + .1054 + 1.3863 + .5978 + .1054) / 5
     assert value.item() == pytest.approx(math.log(0.5) * 2.792643 / 5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "returned", [{"per_token": lambda *_: torch.zeros(3)}, {"factors": lambda *_: torch.ones(2, 3)}], ids=str
+)
+def test_target_of_a_plug_in_that_returns_something_else_is_refused_by_name(returned):
+    with TARGETS.registered(Target(name="odd", reads="logps", **returned)):
+        logps_NT, rows = tensor(CURRENT).log(), make_rows(ADVANTAGES, mask=MASK)
+        target = inputs(1.0, logps_NT, teacher_logps_NT=tensor(TEACHER).log())
+        with pytest.raises(RunFailed, match=r"target\.kind=odd returned no"):
+            compute_loss(settings(kind="odd"), target, logps_NT, rows)
 
 
 # Window and schedule

@@ -165,6 +165,25 @@ def test_target_beside_the_policy_gradient_is_the_sum_of_both(session, entries):
     assert report.num_rows == wrong < 16
 
 
+def test_token_weights_of_a_second_update_are_those_of_the_start_of_the_step(session, entries):
+    """The policy moves with the first update, its old log-probabilities and so the weights do not."""
+    session = with_target(session, kind="token_weight", clip_range=1.0)
+    _, whole = learned(session, entries)
+    target = step_target(session)
+    samples = build_training_samples(session.policy, entries, session.recipe.guide.inject, target=target)
+    twice = override_settings(session, "train", num_updates=2)
+    start = {name: tensor.clone() for name, tensor in session.policy.model.state_dict().items()}
+    optimizer = torch.optim.SGD(session.policy.model.parameters())
+    report = Updater(session.policy, optimizer, twice.recipe).take_step(samples, lr=0.5, target=target)
+    moved = session.policy.model.state_dict()
+    assert max((moved[name] - start[name]).abs().max().item() for name in start) > 1e-3
+    session.policy.model.load_state_dict(start)
+    assert report.stats.target_tokens == whole.stats.target_tokens
+    assert report.stats.target_weight_sum == pytest.approx(whole.stats.target_weight_sum, rel=1e-4)
+    # The KL estimate is that of the moved policy.
+    assert report.stats.target_kl_sum != pytest.approx(whole.stats.target_kl_sum, rel=1e-2)
+
+
 def test_target_takes_the_temperature_of_sampling(session, entries):
     session = with_target(session, policy_gradient=False)
     warm = override_settings(session, "sampling", temperature=2.0)
@@ -209,9 +228,18 @@ def test_run_outside_the_window_is_bitwise_plain(scout, tmp_path):
     assert reproducible_digests(roots[1], "same") == reproducible_digests(roots[0], "same")
 
 
+def test_run_with_a_guide_cache_has_no_target_on_injected_responses(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    reports = resume(root, *DISTILL, "target.rollouts=all", "guide.inject.max_accuracy=1", at=2, guide="near")
+    for report in reports:
+        assert report.metrics["inject/slots"] > 0
+        assert report.metrics["target/rollouts"] == 16 - report.metrics["inject/slots"]
+    assert next(line for line in read_cost_lines(open_run(root)) if line.kind == "fork").until == ["main", 4]
+
+
 KINDS = {
     "distribution": (*DISTILL, "target.num_steps=3", "target.group_size=2", "target.rollouts=all"),
-    "top k, two updates": (*DISTILL, "target.top_k=4", "train.num_updates=2", "target.policy_gradient=false"),
+    "top k, js, alone": (*DISTILL, "target.top_k=4", "target.divergence=js", "target.policy_gradient=false"),
     "token weight": (*WEIGH, "target.weight=0.5", "target.schedule=linear", "target.num_steps=3"),
 }
 
@@ -221,7 +249,7 @@ KINDS = {
 )
 def test_resume_of_a_target_between_checkpoints_is_bitwise_identical(scout, tmp_path, kind):
     roots = [copy_run(scout, tmp_path / name) for name in ("straight", "dropped")]
-    settings = [one for one in KINDS[kind] if "num_updates" not in one]
+    settings = KINDS[kind]
     resume(roots[0], *settings, "train.num_steps=6", at=2, new_branch="dense")
     # Step 5 is recorded, step 4 is the newest checkpoint.
     stop_after(start_resume(roots[1], *settings, "train.num_steps=6", at=2, new_branch="dense"), 5)
