@@ -31,7 +31,11 @@ class Callback:
         """After each held-out evaluation of the training."""
 
     def on_save(self, record: CheckpointSaved) -> None:
-        """After each checkpoint, that of step 0 included."""
+        """After each checkpoint, that of step 0 included.
+
+        Where it was written in the background (`train.save_in_background`), the step after it has been trained already,
+        and a `stop` here ends the training after that one.
+        """
 
     def stop(self, reason: str = "") -> None:
         """End the training after the current step, as a signal does: the step is saved, and `npo.resume` continues.

@@ -115,6 +115,7 @@ def grpo_steps(
                 stopping = stopping or bool(stop)
                 if is_end or stopping or not saver.in_background:
                     yield from saver.finish()
+                    stopping = stopping or bool(stop)
             if stopping:
                 append_event(session.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
                 raise StoppedEarly(

@@ -84,14 +84,17 @@ def test_a_callback_stops_after_a_saved_step_and_resume_ends_in_the_same_bytes(s
     assert again == reproducible_digests(straight)
 
 
-def test_a_callback_that_stops_on_save_ends_the_training_there(tmp_path):
+@pytest.mark.parametrize(("in_background", "last_step"), [(False, 2), (True, 3)])
+def test_a_callback_that_stops_on_save_ends_the_training_at_the_trained_step(tmp_path, in_background, last_step):
     class StopAtSave(npo.Callback):
         def on_save(self, record: npo.CheckpointSaved) -> None:
             if record.step == 2:
                 self.stop()
 
-    result = npo.train(tiny(), tmp_path / "run", callbacks=[StopAtSave()])
-    assert (result.step, result.stopped_by) == (2, "callback StopAtSave")
+    settings = tiny(f"train.save_in_background={str(in_background).lower()}")
+    result = npo.train(settings, tmp_path / "run", callbacks=[StopAtSave()])
+    assert (result.step, result.stopped_by) == (last_step, "callback StopAtSave")
+    assert [record.step for record in result.checkpoints][-1] == last_step
 
 
 def test_an_exception_in_a_callback_ends_the_run_saved_and_names_the_callback(tmp_path):
