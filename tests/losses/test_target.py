@@ -140,7 +140,9 @@ def test_target_from_a_plug_in():
 
 
 @pytest.mark.parametrize(
-    "returned", [{"per_token": lambda *_: torch.zeros(3)}, {"factors": lambda *_: torch.ones(2, 3)}], ids=str
+    "returned",
+    [{"per_token": lambda *_: torch.zeros(3)}, {"factors": lambda *_: torch.ones(2, 3)}],
+    ids=["per token", "factors"],
 )
 def test_target_of_a_plug_in_that_returns_something_else_is_refused_by_name(returned):
     with TARGETS.registered(Target(name="odd", reads="logps", **returned)):
