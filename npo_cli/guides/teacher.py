@@ -1,96 +1,20 @@
-"""The teacher of a dense target: a guide source as a frozen model beside the policy, and the window of its use.
+"""The teacher of a dense target as a guide source: found and checked, not loaded.
 
 Which checkpoint it is follows from the recipe and from where the branch was forked, so a run that is resumed has the
-same teacher; the coefficient is a function of the step. Nothing of it is training state.
+same teacher.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from npo_cli.config.recipe import Recipe
-from npo_cli.config.target import TargetSettings
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec, parse_spec
-from npo_cli.losses.target import Target
-from npo_cli.policy.lora import share_base_weights
-from npo_cli.policy.model import Distillation, Policy
-from npo_cli.registry import GUIDE_SOURCES, TARGETS
-from npo_cli.session.distributed import shard_policy
+from npo_cli.registry import GUIDE_SOURCES
 from npo_cli.session.learner import Learner
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import FIRST_BRANCH, RunDir
-from npo_cli.types.rollouts import Rollout
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepTarget:
-    """The dense target of one step."""
-
-    settings: TargetSettings
-    teacher: Policy
-    coefficient: float
-    """`target.weight` by its schedule."""
-
-    @property
-    def kind(self) -> Target:
-        """What the teacher does in the loss."""
-        return TARGETS.get(self.settings.kind)
-
-    @property
-    def adds_term(self) -> bool:
-        """Whether rows without advantage have a gradient too."""
-        return self.kind.per_token is not None
-
-    @property
-    def replaces_policy_gradient(self) -> bool:
-        """Whether it is all that the step learns from."""
-        return self.adds_term and not self.settings.policy_gradient
-
-    @property
-    def reads_logps(self) -> bool:
-        """Whether the teacher's log-probability of each token is computed."""
-        return self.kind.reads == "logps"
-
-    @property
-    def distillation(self) -> Distillation | None:
-        """The comparison with the teacher's distributions; None if they are not read."""
-        if self.kind.reads != "distribution":
-            return None
-        return Distillation(teacher=self.teacher, divergence=self.settings.divergence, top_k=self.settings.top_k)
-
-    @property
-    def can_share_prompts(self) -> bool:
-        """Whether the teacher reads several responses in a row with their prompt."""
-        return self.teacher.packing is not None
-
-    def applies_to(self, rollout: Rollout) -> bool:
-        """Whether a rollout has the target: one of the policy's own, and with `wrong` one that is not correct."""
-        chosen = self.settings.rollouts or self.kind.default_rollouts
-        return not rollout.is_off_policy and (chosen == "all" or not rollout.is_correct)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ActiveTarget:
-    """The dense target of a branch."""
-
-    settings: TargetSettings
-    teacher: Policy
-    fork_step: int
-    """Step that the branch starts from."""
-
-    @property
-    def start_step(self) -> int:
-        """The window begins after this step."""
-        return self.fork_step if self.settings.start_step is None else self.settings.start_step
-
-    def at_step(self, step: int) -> StepTarget | None:
-        """The target of a training step; None outside the window."""
-        coefficient = self.settings.coefficient_at(step, start_step=self.start_step)
-        if coefficient is None:
-            return None
-        return StepTarget(settings=self.settings, teacher=self.teacher, coefficient=coefficient)
 
 
 def find_teacher(run: RunDir, recipe: Recipe, *, parent: str | None, fork_step: int) -> GuideSource:
@@ -120,38 +44,6 @@ def find_teacher(run: RunDir, recipe: Recipe, *, parent: str | None, fork_step: 
         return create_source(spec, ReplayTarget(run=run, learner=learner))
 
 
-def open_teacher(run: RunDir, recipe: Recipe, policy: Policy, *, parent: str | None, fork_step: int) -> Policy | None:
-    """The teacher as a frozen model, with the policy's tokenizer; adapters share the policy's base. None without a
-    target."""
-    if not recipe.has_target:
-        return None
-    source = find_teacher(run, recipe, parent=parent, fork_step=fork_step)
-    with named_in_errors(source.spec.text):
-        teacher = source.load_teacher()
-        check_teacher(teacher, policy)
-    teacher.model.requires_grad_(False)
-    if policy.sharding is not None:
-        return shard_policy(teacher, recipe, folder=Path(source.spec.text))
-    if teacher.adapters is not None and policy.adapters is not None:
-        share_base_weights(teacher.model, policy.model)
-    return teacher
-
-
-def check_teacher(teacher: Policy, policy: Policy) -> None:
-    """Refuse a teacher whose probabilities are of other tokens, or that cannot read the policy's images."""
-    if teacher.tokenizer_digest != policy.tokenizer_digest:
-        raise NpoError(
-            "it has another tokenizer than the policy: its probabilities are of other tokens",
-            "choose a teacher with the policy's tokenizer, or use it as a guide: npo sample-guide",
-        )
-    if policy.vision is not None and type(teacher.model) is not type(policy.model):
-        raise NpoError(
-            f"it is a {type(teacher.model).__name__}, and the policy's images are inputs of a "
-            f"{type(policy.model).__name__}",
-            "choose a teacher of the policy's architecture",
-        )
-
-
 @contextmanager
 def named_in_errors(spec: str) -> Iterator[None]:
     """Errors of the block begin with the setting."""
@@ -170,11 +62,3 @@ def make_teacher_absolute(text: str) -> str:
         if name in spec.options and Path(str(spec.options[name])).expanduser().is_dir()
     }
     return make_spec(spec.name, {**spec.options, **paths}).text if paths else text
-
-
-def describe_target(target: ActiveTarget) -> str:
-    """One line: kind, teacher, window and group size."""
-    settings, first = target.settings, target.start_step + 1
-    last = "the end" if settings.num_steps is None else str(target.start_step + settings.num_steps)
-    size = "" if settings.group_size is None else f", {settings.group_size} rollouts per prompt"
-    return f"dense target: {settings.kind} from {settings.teacher}, steps {first} to {last}{size}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from npo_cli.config.recipe import Recipe
 from npo_cli.guides.candidates import find_candidates
+from npo_cli.guides.dense_target import open_teacher
 from npo_cli.guides.dry_run import plan_guide_cache, plan_scoring
-from npo_cli.guides.teacher import open_teacher
 from npo_cli.session.dry_run import open_dry_session, plan_steps
 from npo_cli.session.session import open_policy, open_task
 from npo_cli.storage.layout import RunDir, check_unused, open_run

@@ -15,8 +15,8 @@ import torch
 from torch.optim import Optimizer
 
 from npo_cli.errors import StoppedEarly, quote_path
+from npo_cli.guides.dense_target import ActiveTarget, StepTarget
 from npo_cli.guides.online import OnlineExtrapolation
-from npo_cli.guides.teacher import ActiveTarget, StepTarget
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.rollout.batch import (

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.dense_target import describe_target, open_teacher
 from npo_cli.guides.lazy import open_lazy_guide
-from npo_cli.guides.teacher import describe_target, open_teacher
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.rollout.batch import ActiveGuide

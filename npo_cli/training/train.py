@@ -11,8 +11,9 @@ from npo_cli import __version__
 from npo_cli.config.base import is_dataset_id
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
+from npo_cli.guides.dense_target import ActiveTarget, describe_target, open_teacher
 from npo_cli.guides.online import open_online_guide
-from npo_cli.guides.teacher import ActiveTarget, describe_target, make_teacher_absolute, open_teacher
+from npo_cli.guides.teacher import make_teacher_absolute
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.model_folder import decide_chat
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state

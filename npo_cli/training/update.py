@@ -16,7 +16,7 @@ from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.partition import partition_by_tokens
 from npo_cli.distributed.process_group import current_group
-from npo_cli.guides.teacher import StepTarget
+from npo_cli.guides.dense_target import StepTarget
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss, needs_entropies
 from npo_cli.losses.types import Divisors, LossInputs, LossStats, TargetInputs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.storage.checkpoints import demote_checkpoint, find_checkpoint
-from npo_cli.storage.layout import RunDir
+from npo_cli.storage.layout import FORMAT_VERSION, RunDir
 from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, json_rows, npo, set_fields
 
 
@@ -56,7 +56,10 @@ def test_every_command_refuses_a_newer_run_format(circle, tmp_path):
     set_fields(run / "npo_run.json", format=99, npo_version="9.9")
     for args in (["index"], ["show"], ["eval"], ["resume"], ["sample-guide", "--at", "0"], ["score-checkpoints"]):
         result = assert_refused(args[0], run, *args[1:], beside=tmp_path)
-        assert result.message == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to 2"
+        assert (
+            result.message
+            == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to {FORMAT_VERSION}"
+        )
 
 
 # Steps and branches

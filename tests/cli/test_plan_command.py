@@ -48,7 +48,7 @@ def test_plan_names_more_gpus_if_no_setting_is_enough():
 def test_plan_refuses_a_disk_that_is_too_small():
     result = npo("plan", "micro", "--disk", "0.04")
     assert result.code == 2
-    assert "disk: 0.07 GB are needed, there are 0.04 GB" in result.err
+    assert "disk: 0.06 GB are needed, there are 0.04 GB" in result.err
 
 
 def test_plan_refuses_a_server_without_training_gpus_and_a_shared_vllm(tmp_path):

@@ -93,7 +93,7 @@ def test_no_guide_wins_and_sample_guide_refuses_to_choose_one(short_run, tmp_pat
     table = npo(*command).out
     sentence = " ".join(table.partition("\n\n")[0].splitlines())
     assert sentence.startswith(f"no guide is worth it here, for step 0 of main: {why}")
-    assert sum(line.startswith("*  none ") for line in table.splitlines()) == 1
+    assert sum(line.startswith("* none ") for line in table.splitlines()) == 1
     assert (
         sum(line.startswith("none ") and "<- selected" in line for line in npo(*command, "--full").out.splitlines())
         == 1

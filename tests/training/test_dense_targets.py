@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npo_cli.errors import NpoError
-from npo_cli.guides.teacher import ActiveTarget, StepTarget, check_teacher, open_teacher
+from npo_cli.guides.dense_target import ActiveTarget, StepTarget, check_teacher, open_teacher
 from npo_cli.policy.model import Policy
 from npo_cli.rollout.batch import GroupWithAdvantages, build_batch
 from npo_cli.session.session import Session
