@@ -309,17 +309,17 @@ def explain_write_error(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        gone = [folder for folder in path.absolute().parents if not folder.exists()]
-        if gone:
+        if is_full_disk(error):
             raise RunFailed(
-                f"{gone[-1]} was renamed or deleted while npo was writing in it",
-                "put it back, or use its new name: npo resume RUN continues from its newest checkpoint",
+                f"no room left to write {path}; everything saved before is intact",
+                "free some disk space, then run `npo resume` on this run directory",
             ) from error
-        if not is_full_disk(error):
+        gone = [folder for folder in path.absolute().parents if not folder.exists()]
+        if not gone:
             raise
         raise RunFailed(
-            f"no room left to write {path}; everything saved before is intact",
-            "free some disk space, then run `npo resume` on this run directory",
+            f"{gone[-1]} was renamed or deleted while npo was writing in it",
+            "put it back, or use its new name: npo resume RUN continues from its newest checkpoint",
         ) from error
 
 
