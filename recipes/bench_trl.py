@@ -56,6 +56,7 @@ class Work:
 
 SMOLLM2 = (
     "task.datasets=[{name: chain_sum, config: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}]",
+    "task.pool_size=96",  # there are 200 such sums
     "train.prompts_per_step=4",
     "train.group_size=8",
 )
