@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
-from importlib.machinery import PathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from npo_cli.errors import NpoError, RunFailed
@@ -229,6 +229,13 @@ def build_custom_check(
     return check
 
 
+class _SourceLoader(SourceFileLoader):
+    """Runs the file that was checked and permitted: byte code beside it is neither read nor written."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_code(code: str) -> ModuleType:
     """Run a file, or import a module."""
     import sys
@@ -236,10 +243,11 @@ def load_code(code: str) -> ModuleType:
     if not code.endswith(".py"):
         return import_module(code)
     sys.path.insert(0, str(Path(code).parent))  # for imports from its folder
-    spec = spec_from_file_location("npo_user_code", code)
-    assert spec is not None and spec.loader is not None
+    loader = _SourceLoader("npo_user_code", code)
+    spec = spec_from_file_location("npo_user_code", code, loader=loader)
+    assert spec is not None
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 

@@ -115,6 +115,7 @@ def test_dry_run_of_bench_counts_the_runs_that_are_left(tmp_path):
     assert grpo["max_tokens"] == grpo["samples"] * 18
 
 
+@pytest.mark.slow
 def test_dry_run_of_bench_counts_what_its_runs_then_do(tmp_path):
     """A scout of 2 steps, then 4 steps from step 0; the guide cache covers half of the 2 steps with the guide."""
     args = ("micro", "--methods", "npo-early", "--seeds", "1", "--out", tmp_path / "bench", *SMALL, "eval.every=2")

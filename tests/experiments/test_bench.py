@@ -71,6 +71,7 @@ def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
     assert logs(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_bench_needs_allow_code_once_per_folder_and_content_of_the_verifier(tmp_path):
     verifier = tmp_path / "mine.py"
     verifier.write_text("def grade(prompt, response, answer):\n    return 1.0\n")

@@ -24,6 +24,7 @@ def run_checks(folder: Path, only: str, **environment: str) -> tuple[int, dict[s
     return found.returncode, {each["check"]: each for each in checks}, found.stdout
 
 
+@pytest.mark.slow
 def test_gpu_check_goes_on_after_a_failed_check_and_exits_with_1(tmp_path):
     # One of two processes, whose address is missing: no npo command starts.
     code, checks, table = run_checks(tmp_path, "doctor,liger,kill", RANK="0", WORLD_SIZE="2")

@@ -1,4 +1,7 @@
+import py_compile
 import re
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from contextvars import Context
@@ -9,7 +12,13 @@ import pytest
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.tasks.base import LoadedPrompts
-from npo_cli.tasks.custom_verifier import CustomVerifier, code_permitted, is_custom_verifier, make_custom_verifier
+from npo_cli.tasks.custom_verifier import (
+    CustomVerifier,
+    code_permitted,
+    is_custom_verifier,
+    load_code,
+    make_custom_verifier,
+)
 from npo_cli.tasks.task import Task, load_task
 from npo_cli.types.rollouts import Message, Prompt, VerifierResult
 
@@ -183,3 +192,16 @@ def test_custom_verifier_names_the_row_without_an_answer_among_others(folder: Pa
     rows = ('{"prompt": "1", "answer": "2"}', '{"prompt": "2"}', '{"prompt": "3", "answer": "4"}')
     with pytest.raises(NpoError, match=r"data.jsonl line 2: prompt rows/000001 has no reference answer"):
         load_rows(folder, "compare", *rows)
+
+
+def test_byte_code_beside_the_file_is_neither_run_nor_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "grade.py"
+    path.write_text("VALUE = 2\n")
+    py_compile.compile(str(path), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    path.write_text("VALUE = 1\n")
+    assert load_code(str(path)).VALUE == 1
+    shutil.rmtree(tmp_path / "__pycache__")
+    assert load_code(str(path)).VALUE == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["grade.py"]

@@ -32,7 +32,13 @@ def patch_writer(patched: pytest.MonkeyPatch, before: Callable[[int, Path], None
 
 
 @pytest.mark.parametrize(
-    "settings", [(), LORA, ("train.keep_full_checkpoints=1", "train.keep_weights_only=1"), ("train.staleness=1",)]
+    "settings",
+    [
+        (),
+        LORA,
+        ("train.keep_full_checkpoints=1", "train.keep_weights_only=1"),
+        pytest.param(("train.staleness=1",), marks=pytest.mark.slow),
+    ],
 )
 def test_checkpoint_in_the_background_is_that_of_its_step(tmp_path, monkeypatch, settings):
     train(tmp_path / "between", *LONGER, *settings, BETWEEN)
