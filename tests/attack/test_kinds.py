@@ -14,6 +14,7 @@ MADE_ELSEWHERE = {f"{CHECKPOINT}/training_state/shard-N.safetensors"}
 """By several processes; those have tests of their own (tests/distributed)."""
 
 
+@pytest.mark.slow
 def test_documented_kinds_are_the_kinds_that_commands_make(tmp_path: Path):
     """Those of a bench, which starts processes, are compared in test_flipped_bytes.py."""
     for command in list_commands(tmp_path):

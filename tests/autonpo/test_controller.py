@@ -355,7 +355,10 @@ SHORT = {"trigger": {"cooldown_steps": 15}, "max_interventions": 2}
     "run",
     [
         SimulatedRun(signal_at=plateau, settings=autonpo_settings(**SHORT)),
-        SimulatedRun(signal_at=plateau, settings=autonpo_settings(**SHORT, early={"enabled": True})),
+        pytest.param(
+            SimulatedRun(signal_at=plateau, settings=autonpo_settings(**SHORT, early={"enabled": True})),
+            marks=pytest.mark.slow,
+        ),
         SimulatedRun(
             signal_at=plateau, settings=autonpo_settings(**SHORT, replay={"acceptance_test": True}), is_worse=True
         ),

@@ -99,6 +99,7 @@ def test_closed_pipe_is_no_error(circle):
         assert done.returncode in (0, 1)
 
 
+@pytest.mark.slow
 def test_training_into_a_closed_pipe_stops_and_is_saved_as_after_a_signal(tmp_path):
     run = shlex.quote(str(tmp_path / "run"))
     settings = " ".join(item.replace("save_every=2", "save_every=1000") for item in LONG)

@@ -128,6 +128,7 @@ def slow_teacher(prompts):
     return say
 
 
+@pytest.mark.slow
 def test_killed_endpoint_sampling_resumes_to_the_same_bytes(short_run, tmp_path, warm: ForkServer):
     straight, broken = (copy_run(short_run, tmp_path / name) for name in ("straight", "broken"))
     with run_server(slow_teacher(open_session_at(short_run, 0).task.train)) as served:

@@ -95,6 +95,7 @@ def test_one_process_resumes_a_run_of_two(double: Path, resumed: Path, tmp_path:
     assert_same_metrics(metrics(root), metrics(resumed))
 
 
+@pytest.mark.slow
 def test_two_processes_resume_a_run_of_one_and_a_killed_rank_ends_the_job(single: Path, resumed: Path, tmp_path: Path):
     root, log = copy_run(single, tmp_path / "run"), tmp_path / "log"
     more = ("train.num_steps=100000", "train.save_every=1000")

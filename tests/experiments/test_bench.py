@@ -49,6 +49,7 @@ def commands_in(out: Path) -> list[str]:
     return [line.split()[2] for line in logs(out).splitlines() if line.startswith("$ npo")]
 
 
+@pytest.mark.slow
 def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
     spec = bench_spec(tmp_path, grid=("train.lr=1e-5", "train.lr=1e-3"))
     *_, last = records = list(run_bench(spec))

@@ -59,7 +59,7 @@ def test_supervisor_returns_the_commands_exit_code():
         keeper.stdin.close()
 
 
-@pytest.mark.parametrize("command", [FAMILY, STUBBORN])
+@pytest.mark.parametrize("command", [FAMILY, pytest.param(STUBBORN, marks=pytest.mark.slow)])
 def test_supervisor_ends_the_command_when_its_stdin_closes(tmp_path, command):
     keeper = kept(sys.executable, "-c", command, str(tmp_path / "pids"))
     pids = family_of(tmp_path / "pids")

@@ -117,6 +117,7 @@ def test_import_of_a_real_async_grpo_run(tmp_path, monkeypatch):
     assert policies[0].digest != policies[1].digest
 
 
+@pytest.mark.slow
 def test_import_of_real_trl_adapters(tmp_path):
     entries, _ = imported(tmp_path / "run", train_with_trl(tmp_path / "out", **LORA), base=True)
     assert [entry.step for entry in entries] == [0, 1, 2]

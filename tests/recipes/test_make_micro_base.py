@@ -27,6 +27,7 @@ def test_make_micro_base_has_the_shipped_shapes_and_tokens(tmp_path):
     assert new.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_make_micro_base_does_not_overwrite_a_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     done = subprocess.run([sys.executable, SCRIPT, tmp_path, "--steps", "1"], capture_output=True, text=True)

@@ -52,7 +52,8 @@ def test_reasoning_gym_pool_depends_on_the_seed_only():
     assert len(shared) < 5
 
 
-@pytest.mark.parametrize("name", ["word_ladder", pytest.param("list_functions", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["word_ladder", "list_functions"])
 def test_reasoning_gym_ignores_hash_seed_and_global_random_state(name: str):
     sizes = {"pool_size": 6, "heldout_size": 2}
     assert gym_task([{"name": name}], **sizes).train == gym_task([{"name": name}], **sizes).train
@@ -77,6 +78,7 @@ def test_reasoning_gym_verifier_scores_texts_with_a_timeout():
     task.close()
 
 
+@pytest.mark.slow
 def test_reasoning_gym_verifier_scores_problems_without_a_single_answer():
     task = gym_task([{"name": "graph_color"}], pool_size=2, heldout_size=1)
     assert task.train[0].answer == ""

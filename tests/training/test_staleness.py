@@ -42,7 +42,7 @@ KINDS = {
     "lora": LORA,
     "evaluation": ("eval.every=2",),
 }
-FAST = ("plain", "two steps", "dynamic sampling", "lora")
+FAST = ("plain", "lora")
 
 
 def groups_of(root: Path, step: int, branch: str = "main") -> tuple[Group, ...]:

@@ -206,7 +206,7 @@ def test_update_without_the_guides_fraction_has_the_same_gradient_in_fewer_passe
     assert report.grad_norm_fraction is None
     assert distance(apart, together) < 1e-6
     assert report.loss == pytest.approx(measured.loss, abs=1e-6)
-    assert report.stats.metrics() == pytest.approx(measured.stats.metrics(), abs=1e-6)
+    assert report.stats.metrics() == pytest.approx(measured.stats.metrics(), rel=1e-5, abs=1e-6)
 
 
 def test_update_takes_the_engines_logprobs_for_the_old_policys(session, rows, monkeypatch):
