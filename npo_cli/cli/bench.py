@@ -1,6 +1,8 @@
 """`npo bench`."""
 
+import itertools
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +22,12 @@ SeedsOpt = Annotated[
 ]
 GridOpt = Annotated[
     list[str] | None,
-    typer.Option("--grid", metavar="KEY=A,B,C", help="Setting to tune separately for each method."),
+    typer.Option(
+        "--grid",
+        metavar="KEY=A,B,C",
+        help="Values of a setting to tune separately for each method, or alternatives of several keys in one option: "
+        "'train.lr=1e-4,3e-4 train.num_updates=2'. Several --grid are combined with each other.",
+    ),
 ]
 TuningOpt = Annotated[str, typer.Option("--tuning-seeds", metavar="A,B", help="Seeds used to tune --grid.")]
 TeacherOpt = Annotated[
@@ -94,14 +101,24 @@ def parse_seeds(text: str, *, as_list: bool = False) -> tuple[int, ...]:
     return seeds
 
 
-def parse_grid(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """`train.lr=1e-4,3e-4` as one KEY=VALUE per value; only one key is allowed."""
-    settings = []
+def parse_grid(texts: Sequence[str]) -> tuple[str, ...]:
+    """Every combination of one alternative per text: `KEY=VALUE KEY=VALUE ...`.
+
+    `train.lr=1e-4,3e-4 train.num_updates=2` has three alternatives. Two texts may not set the same key.
+    """
+    hint = "--grid train.lr=1e-4,3e-4,6e-4"
+    factors: list[list[str]] = []
     for text in texts:
-        key, equals, values = text.partition("=")
-        if not equals or not key or not values:
-            raise NpoError(f"--grid takes KEY=A,B,C, got {text!r}", "--grid train.lr=1e-4,3e-4,6e-4")
-        settings += [f"{key}={value.strip()}" for value in values.split(",")]
-    if len({one.partition("=")[0] for one in settings}) > 1:
-        raise NpoError("--grid tunes one setting only", "--grid train.lr=1e-4,3e-4,6e-4")
-    return tuple(settings)
+        factors.append([])
+        for word in text.split():
+            key, equals, values = word.partition("=")
+            if not equals or not key or not values:
+                raise NpoError(f"--grid takes KEY=A,B,C, got {text!r}", hint)
+            factors[-1] += [f"{key}={value}" for value in values.split(",")]
+        if not factors[-1]:
+            raise NpoError(f"--grid takes KEY=A,B,C, got {text!r}", hint)
+    keys = [{one.partition("=")[0] for one in factor} for factor in factors]
+    for key in sorted({key for found in keys for key in found}):
+        if sum(key in found for found in keys) > 1:
+            raise NpoError(f"two --grid set {key}", hint)
+    return tuple(" ".join(combination) for combination in itertools.product(*factors)) if factors else ()

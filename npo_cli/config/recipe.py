@@ -129,10 +129,17 @@ class TaskSettings(Settings):
         description="Source of the prompts: `micro`, `reasoning_gym`, `file`, `custom`, `verifiers`, `shapes`, or one "
         "from a plug-in.",
     )
-    kind: Literal["any", "addh1", "addh2", "mix3"] = Field(
+    kind: Literal["any", "addh1", "addh2", "addh4", "mix3"] = Field(
         "mix3",
         description="micro: type of addition problems.",
         json_schema_extra=applies_when({"task.source": ["micro"]}),
+    )
+    hard_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="micro, kind mix3: fraction of prompts with five digits and at least three misconceived entries.",
+        json_schema_extra=applies_when({"task.source": ["micro"], "task.kind": ["mix3"]}),
     )
     datasets: tuple[DatasetSettings, ...] = Field(
         (),

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.launch import strip_launch_variables
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly, quote_path
 from npo_cli.experiments.bench_plan import BenchRun, Command, build_commands, check_plan, find_remaining_command
-from npo_cli.experiments.bootstrap import area_weights
+from npo_cli.experiments.bootstrap import area_weights, common_range
 from npo_cli.session.session import open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.bench_dir import DONE_FILE, hold_bench, load_commands, save_bench_index, save_commands
@@ -54,7 +54,7 @@ class BenchSpec:
     """KEY=VALUE for every run."""
     seeds: tuple[int, ...]
     grid: tuple[str, ...]
-    """One KEY=VALUE each; empty without tuning."""
+    """Settings to choose from, each one or several KEY=VALUE separated by spaces; empty without tuning."""
     tuning_seeds: tuple[int, ...]
     teacher: str
     out: Path
@@ -154,17 +154,15 @@ def validate_spec(question: BenchSpec) -> None:
 
 
 def make_bench_run(question: BenchSpec, method: str, setting: str, *, seed: int, subfolder: str) -> BenchRun:
-    """`OUT/runs/matched-luffy/train.lr=3e-4/seed-0`."""
-    folder = (
-        question.out
-        / subfolder
-        / format_method_name(method)
-        / (setting or "as-it-is").replace("/", "_")
-        / f"seed-{seed}"
-    )
-    settings = (*question.settings, *((setting,) if setting else ()))
+    """`OUT/runs/matched-luffy/train.lr=3e-4/seed-0`; several settings of a grid are joined by `+`."""
+    name = (setting or "as-it-is").replace("/", "_").replace(" ", "+")
     return BenchRun(
-        recipe=question.recipe, method=method, settings=settings, seed=seed, folder=folder, teacher=question.teacher
+        recipe=question.recipe,
+        method=method,
+        settings=(*question.settings, *setting.split()),
+        seed=seed,
+        folder=question.out / subfolder / format_method_name(method) / name / f"seed-{seed}",
+        teacher=question.teacher,
     )
 
 
@@ -177,7 +175,7 @@ def format_method_name(method: str) -> str:
 def tune_methods(
     question: BenchSpec, ties: Ties, stop: StopFlag
 ) -> Generator[Progress | Notice | TunedSetting, None, dict[str, str]]:
-    """Each method's best setting of the grid by the area under its held-out curve, means over the tuning seeds."""
+    """Each method's best setting of the grid: largest area of the held-out curve at equal tokens, mean over seeds."""
     if not question.grid:
         return dict.fromkeys(question.methods, "")
     cells = [
@@ -189,13 +187,13 @@ def tune_methods(
     yield from execute_runs(cells, question.jobs, ties, stop)
     chosen: dict[str, str] = {}
     for method in question.methods:
-        areas = {
-            setting: statistics.fmean(
-                compute_curve_area(make_bench_run(question, method, setting, seed=seed, subfolder="tuning"))
-                for seed in question.tuning_seeds
+        found = [
+            compute_curve_areas(
+                make_bench_run(question, method, setting, seed=seed, subfolder="tuning") for setting in question.grid
             )
-            for setting in question.grid
-        }
+            for seed in question.tuning_seeds
+        ]
+        areas = dict(zip(question.grid, map(statistics.fmean, zip(*found, strict=True)), strict=True))
         chosen[method] = max(areas, key=areas.__getitem__)
         yield TunedSetting(method=format_method_name(method), setting=chosen[method], areas=areas)
     write_json_atomic(
@@ -204,13 +202,21 @@ def tune_methods(
     return chosen
 
 
-def compute_curve_area(cell: BenchRun) -> float:
-    """Held-out accuracy of the run's last branch averaged over its steps, as `npo compare` does."""
-    run = open_run(cell.run)
-    points = learning_curve(run, find_newest_branch(run), name="")
-    steps = [point.step for point in points]
-    weights_E = area_weights(steps, low=steps[0], high=steps[-1])
-    return float(weights_E @ [point.accuracy for point in points])
+def compute_curve_areas(cells: Iterable[BenchRun]) -> list[float]:
+    """Held-out accuracy of each run's last branch, averaged over the tokens generated for it, as `npo compare` does.
+
+    The range is the one that all of them cover: settings may differ in tokens per step.
+    """
+    runs = [open_run(cell.run) for cell in cells]
+    curves = [learning_curve(run, find_newest_branch(run), name="") for run in runs]
+    tokens = [[float(point.total_tokens) for point in points] for points in curves]
+    low, high = common_range(tokens) or (0.0, 0.0)
+    if low >= high:
+        raise NpoError("the settings of the grid share no range of tokens", "add train.num_steps or eval.every")
+    return [
+        float(area_weights(costs_E, low=low, high=high) @ [point.accuracy for point in points])
+        for costs_E, points in zip(tokens, curves, strict=True)
+    ]
 
 
 # Working off

@@ -10,6 +10,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -38,6 +39,13 @@ METADATA_CLASSES = frozenset(
 COMPLETE_HINT = "copy the whole folder again, or import without this step"
 
 
+def _get_member(of: Any, name: str) -> Enum:
+    """A member of an enumeration, which Python up to 3.11.3 pickles as a call of getattr."""
+    if not (isinstance(of, type) and issubclass(of, Enum) and name in of.__members__):
+        raise pickle.UnpicklingError(f"getattr(..., {name!r}) is no part of DCP's metadata")
+    return of[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds the records of a DCP folder's metadata and nothing else."""
 
@@ -48,6 +56,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module in ("pathlib", "pathlib._local") and name == "PosixPath":  # the second in Python 3.13
             return PosixPath
+        if (module, name) == ("builtins", "getattr"):
+            return _get_member
         raise pickle.UnpicklingError(f"{module}.{name} is no part of DCP's metadata")
 
 

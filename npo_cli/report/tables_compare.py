@@ -272,10 +272,12 @@ COMPARE_TABLES: dict[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
 
 
 def tuning_tables(found: Sequence[TunedSetting]) -> tuple[Table, ...]:
-    """One row per method, one column per setting of the grid."""
+    """One row per setting of the grid, one column per method."""
     settings = list(dict.fromkeys(setting for one in found for setting in one.areas))
     rows = tuple(
-        (one.method, *(format_number(one.areas.get(setting)) for setting in settings), one.setting) for one in found
+        (setting, *(format_number(one.areas.get(setting)) + " *" * (setting == one.setting) for one in found))
+        for setting in settings
     )
-    note = "held-out accuracy averaged over steps, mean over the tuning seeds"
-    return (Table(title="Selected settings", header=("method", *settings, "selected"), rows=rows, notes=(note,)),)
+    note = "held-out accuracy averaged over tokens, mean over the tuning seeds; * selected"
+    header = ("setting", *(one.method for one in found))
+    return (Table(title="Selected settings", header=header, rows=rows, notes=(note,)),)

@@ -256,7 +256,8 @@ def _require_function(path: Path, function: str, setting: str = "task.verifier")
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError) as error:
-        location = describe_error(error, inside=str(path))
+        is_syntax = isinstance(error, SyntaxError)  # null bytes are a ValueError up to Python 3.11.3
+        location = describe_error(error, inside=str(path)) if is_syntax else f"{path}: SyntaxError: {error}"
         raise NpoError(f"{setting} names a file that is not Python: {location}", "fix that line") from error
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

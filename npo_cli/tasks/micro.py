@@ -97,22 +97,24 @@ def noisy_response(
     return f"{pad}#{number}"
 
 
-def additions(kind: str, rng: random.Random) -> Iterator[tuple[int, int, int]]:
+def additions(kind: str, rng: random.Random, *, hard_share: float) -> Iterator[tuple[int, int, int]]:
     """Endless (a, b, number of digits) of one kind.
 
-    `any`: 3 to 5 digits. `addh1`, `addh2`: 5 digits with at least 1 or 2 misconceived entries. `mix3`: alternately
-    3 digits with none, and 5 digits with at least 3.
+    `any`: 3 to 5 digits. `addhN`: 5 digits with at least N misconceived entries. `mix3`: 3 digits with none, and, as a
+    share `hard_share` spread evenly, 5 digits with at least 3.
     """
     wrong = misconceptions()
-    requirements = {
-        "any": [(None, 0, 99)],
-        "addh1": [(5, 1, 99)],
-        "addh2": [(5, 2, 99)],
-        "mix3": [(3, 0, 0), (5, 3, 99)],
+    easy, hard = {
+        "any": (None, (None, 0, 99)),
+        "addh1": (None, (5, 1, 99)),
+        "addh2": (None, (5, 2, 99)),
+        "addh4": (None, (5, 4, 99)),
+        "mix3": ((3, 0, 0), (5, 3, 99)),
     }[kind]
     turn = 0
     while True:
-        length, low, high = requirements[turn % len(requirements)]
+        is_hard = easy is None or int((turn + 1) * hard_share) > int(turn * hard_share)
+        length, low, high = hard if is_hard else easy
         size = length or rng.randint(3, 5)
         a, b = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
         if low <= num_misconceived(a, b, size, wrong=wrong) <= high:
@@ -120,11 +122,11 @@ def additions(kind: str, rng: random.Random) -> Iterator[tuple[int, int, int]]:
             turn += 1
 
 
-def micro_prompts(kind: str, count: int, seed: int) -> list[Prompt]:
+def micro_prompts(kind: str, count: int, seed: int, *, hard_share: float = 0.5) -> list[Prompt]:
     """`count` distinct prompts of one kind, in the order generated."""
     rng = random.Random(f"micro:{kind}:{seed}")
     prompts: dict[str, Prompt] = {}
-    for a, b, size in additions(kind, rng):
+    for a, b, size in additions(kind, rng, hard_share=hard_share):
         if len(prompts) == count:
             break
         text = format_addition(a, b, size)
@@ -158,7 +160,9 @@ class MicroTask(TaskSource):
     @classmethod
     def load(cls, settings: "TaskSettings", *, seed: int) -> LoadedPrompts:
         """The pool comes first, so that it does not depend on the size of the held-out split."""
-        prompts = micro_prompts(settings.kind, settings.pool_size + settings.heldout_size, seed)
+        prompts = micro_prompts(
+            settings.kind, settings.pool_size + settings.heldout_size, seed, hard_share=settings.hard_share
+        )
         return LoadedPrompts(train=tuple(prompts[: settings.pool_size]), heldout=tuple(prompts[settings.pool_size :]))
 
     @classmethod

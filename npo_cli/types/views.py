@@ -245,7 +245,7 @@ class TunedSetting:
     method: str
     setting: str
     areas: Mapping[str, float]
-    """Setting to the mean over tuning seeds of held-out accuracy, averaged over the steps."""
+    """Setting to the mean over tuning seeds of held-out accuracy, averaged over the tokens generated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from npo_cli.cli.bench import parse_grid
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.experiments.bench import BenchSpec, run_bench
 from npo_cli.experiments.compare import compare_runs
 from npo_cli.storage.bench_dir import hold_bench, load_bench_index
-from npo_cli.storage.evals import read_evals
-from npo_cli.storage.files import read_json
+from npo_cli.storage.cost_sums import learning_curve
 from npo_cli.storage.layout import open_run
 from npo_cli.types.comparison import MethodSummary
 from npo_cli.types.rollouts import Notice
@@ -35,10 +36,8 @@ def bench_spec(out: Path, **changes: object) -> BenchSpec:
     return BenchSpec(**{**plain, "tuning_seeds": (100,), "teacher": "", "out": out, "jobs": 2, **changes})
 
 
-def tuning_run(spec: BenchSpec) -> Path:
-    """Of the setting that was chosen."""
-    (setting,) = read_json(spec.out / "tuning.json").values()
-    return spec.out / "tuning/matched-grpo" / setting / "seed-100/run"
+def tuning_run(spec: BenchSpec, setting: str) -> Path:
+    return spec.out / "tuning/matched-grpo" / setting.replace(" ", "+") / "seed-100/run"
 
 
 def logs(out: Path) -> str:
@@ -51,7 +50,7 @@ def commands_in(out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
-    spec = bench_spec(tmp_path, grid=("train.lr=1e-5", "train.lr=1e-3"))
+    spec = bench_spec(tmp_path, grid=("train.lr=1e-5 train.num_updates=2", "train.lr=1e-3"))
     *_, last = records = list(run_bench(spec))
     (tuned,) = (record for record in records if isinstance(record, TunedSetting))
     assert tuned.method == "matched-grpo"
@@ -60,13 +59,16 @@ def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
     # two settings with the tuning seed, then the better one with seed 0
     assert commands_in(tmp_path) == ["train"] * 3
     assert "--allow-code" not in logs(tmp_path)
-    made = tmp_path / "runs/matched-grpo" / tuned.setting / "seed-0/run"
+    made = tmp_path / "runs/matched-grpo" / tuned.setting.replace(" ", "+") / "seed-0/run"
     assert isinstance(last, Notice)
     assert last.message == f"as a page: npo report {tmp_path} --out {tmp_path / 'report.html'}"
     assert load_bench_index(tmp_path) == [("matched-grpo", made)]
-    # trapezoids between steps 0, 2 and 4: 2 (a0 + a2)/2 + 2 (a2 + a4)/2, divided by 4 steps
-    accuracies = {one.step: one.accuracy for one in read_evals(open_run(tuning_run(spec)))}
-    assert tuned.areas[tuned.setting] == pytest.approx((accuracies[0] + 2 * accuracies[2] + accuracies[4]) / 4)
+    # the mean of a fine polyline over the tokens that both settings generated
+    curves = {setting: learning_curve(open_run(tuning_run(spec, setting)), "main", name="") for setting in spec.grid}
+    grid = np.linspace(0, min(points[-1].total_tokens for points in curves.values()), 20001)
+    for setting, points in curves.items():
+        area = np.interp(grid, [one.total_tokens for one in points], [one.accuracy for one in points]).mean()
+        assert tuned.areas[setting] == pytest.approx(area, abs=1e-4)
     before = logs(tmp_path)
     assert [record for record in run_bench(spec) if isinstance(record, TunedSetting)] == [tuned]
     assert logs(tmp_path) == before
@@ -206,3 +208,21 @@ def test_bench_refuses_a_plan_that_cannot_work_before_it_writes(tmp_path, method
     with pytest.raises(NpoError, match=message):
         list(run_bench(bench_spec(tmp_path, methods=("grpo", method), settings=(*SETTINGS, *settings))))
     assert os.listdir(tmp_path) == []
+
+
+def test_grid_lists_alternatives_and_combines_options():
+    assert parse_grid(["train.lr=1,2 train.num_updates=4", "train.group_size=8,16"]) == (
+        "train.lr=1 train.group_size=8",
+        "train.lr=1 train.group_size=16",
+        "train.lr=2 train.group_size=8",
+        "train.lr=2 train.group_size=16",
+        "train.num_updates=4 train.group_size=8",
+        "train.num_updates=4 train.group_size=16",
+    )
+    assert parse_grid([]) == ()
+
+
+@pytest.mark.parametrize("texts", [["train.lr"], [" "], ["train.lr=1", "train.lr=2 train.num_updates=2"]])
+def test_grid_that_sets_a_key_twice_or_not_at_all_is_refused(texts: list[str]):
+    with pytest.raises(NpoError, match="--grid"):
+        parse_grid(texts)

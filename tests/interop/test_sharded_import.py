@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,33 @@ def test_import_of_shards_runs_nothing_in_their_pickles(outputs, tmp_path):
         list(importing(tmp_path / "run", verl))
     assert "verl.model_merger" in refused.value.hint
     assert not any(mark.exists() for mark in marks)
+
+
+class EnumByGetattr(pickle.Pickler):
+    """Writes members of enumerations as Python up to 3.11.3 does."""
+
+    def reducer_override(self, obj: object) -> object:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_import_of_dcp_shards_of_an_older_python(outputs, tmp_path):
+    home = Path(shutil.copytree(outputs / "prime-rl", tmp_path / "out"))
+    for step in (1, 2):
+        path = home / "checkpoints" / f"step_{step}" / "trainer" / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        with path.open("wb") as file:
+            EnumByGetattr(file).dump(metadata)
+        assert b"getattr" in path.read_bytes()
+    entries, _ = imported(tmp_path / "run", home)
+    assert [entry.step for entry in entries] == [1, 2]
+
+
+def test_import_of_dcp_shards_calls_getattr_for_enumerations_only(outputs, tmp_path):
+    home = Path(shutil.copytree(outputs / "prime-rl", tmp_path / "out"))
+    call = type("Call", (), {"__reduce__": lambda self: (getattr, (torch.Size, "numel"))})
+    (home / "checkpoints" / "step_2" / "trainer" / ".metadata").write_bytes(pickle.dumps(call()))
+    with pytest.raises(NpoError, match=r"getattr\(..., 'numel'\) is no part of DCP's metadata"):
+        list(importing(tmp_path / "run", home))
 
 
 def test_import_of_damaged_dcp_shards_leaves_no_run(outputs, tmp_path):

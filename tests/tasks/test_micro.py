@@ -75,7 +75,7 @@ def test_micro_final_answer_follows_the_hash():
     assert final_answer("#") == ""
 
 
-@pytest.mark.parametrize(("kind", "least"), [("addh1", 1), ("addh2", 2)])
+@pytest.mark.parametrize(("kind", "least"), [("addh1", 1), ("addh2", 2), ("addh4", 4)])
 def test_micro_hard_additions_need_misconceptions(kind: str, least: int):
     for prompt in micro_prompts(kind, 40, seed=0):
         a, b = map(int, prompt.prompt_id.partition("/")[2].split("+"))
@@ -90,6 +90,12 @@ def test_micro_mix3_alternates_easy_and_hard():
         met.append((len(str(a)), num_misconceived(a, b, len(str(a)), wrong=misconceptions())))
     assert all(one == (3, 0) for one in met[::2])
     assert all(length == 5 and count >= 3 for length, count in met[1::2])
+
+
+@pytest.mark.parametrize(("share", "num_hard"), [(0.5, 10), (0.8, 16), (0.95, 19)])
+def test_micro_mix3_has_a_share_of_hard_additions(share: float, num_hard: int):
+    lengths = [len(prompt.answer or "") for prompt in micro_prompts("mix3", 20, seed=0, hard_share=share)]
+    assert sum(length >= 5 for length in lengths) == num_hard
 
 
 def test_micro_prompts_depend_on_kind_and_seed_only():
