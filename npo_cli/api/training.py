@@ -14,7 +14,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.types.autonpo import Transition
 from npo_cli.types.costs import RunCosts
-from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.guides import GuideCacheInfo, ReplayRequest
 from npo_cli.types.rollouts import CheckpointSaved, EvalReport, Notice, Progress, StepReport, TrainingRecord
 
 if TYPE_CHECKING:
@@ -302,21 +302,22 @@ def replay(
     find_checkpoint(open_run(root), parent, at)
     chosen = validate_name(name or choose_replay_name(parent, at))
     _check_same_source(root, chosen, specs)
-    arguments: dict[str, Any] = {"at": at, "branch": parent, "sources": specs, "name": chosen, "steps": steps}
-    arguments |= {"until": until, "overrides": overrides}
+    request = ReplayRequest(
+        at=at, branch=parent, sources=specs, name=chosen, steps=steps, until=until, overrides=overrides
+    )
     first_line = Notice(message=f"replay step {at} of branch {parent}")
 
     def work() -> Generator[Any, None, None]:
         yield first_line
         from npo_cli.training.replay import replay_run
 
-        yield from _track(root, recipe, replay_run(root, **arguments, stop=stop))
+        yield from _track(root, recipe, replay_run(root, request, stop=stop))
 
     def plan() -> Iterator["PlannedWork | Notice"]:
         yield first_line
         from npo_cli.training.dry_run import plan_replay
 
-        yield from plan_replay(root, **arguments)
+        yield from plan_replay(root, request)
 
     return RecordStream(
         work(),

@@ -19,7 +19,7 @@ from npo_cli.training.replay import check_replay_branch, find_replay_guide, is_t
 from npo_cli.training.resume import open_active_guide
 from npo_cli.training.start_point import choose_start
 from npo_cli.training.train import MAIN, settle_recipe
-from npo_cli.types.guides import SourceSpec
+from npo_cli.types.guides import ReplayRequest
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import PlannedWork
 
@@ -91,39 +91,27 @@ def plan_resume(
             yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
 
 
-def plan_replay(
-    root: Path,
-    *,
-    at: int,
-    branch: str,
-    sources: Sequence[SourceSpec] | None,
-    name: str,
-    steps: int | None,
-    until: int | None,
-    overrides: Sequence[str],
-) -> Iterator[PlannedWork | Notice]:
+def plan_replay(root: Path, replay: ReplayRequest) -> Iterator[PlannedWork | Notice]:
     """The stages of `npo replay` that are left. Before the scoring the guide is not known: the candidate with the most
     steps ahead stands for it."""
-    run = open_run(root)
-    fork = {"overrides": overrides, "steps": None, "until": until}
+    run, name = open_run(root), replay.name
+    training = {"overrides": replay.overrides, "steps": None, "until": replay.until}
     if name in list_branches(run):
-        check_replay_branch(run, name, branch=branch, at=at)
-        if is_trained(run, name, overrides):
+        check_replay_branch(run, replay)
+        if is_trained(run, name, replay.overrides):
             yield Notice(message=f"branch {name} is trained already")
             return
-        yield from plan_resume(root, **fork, at=None, guide=None, source_branch=name, new_branch=None)
+        yield from plan_resume(root, **training, at=None, guide=None, source_branch=name, new_branch=None)
         return
-    guide = find_replay_guide(run, name, branch=branch, at=at)
+    guide = find_replay_guide(run, replay)
+    learner = {"at": replay.at, "branch": replay.branch, "overrides": replay.overrides}
     if guide is None:
-        learner = {"at": at, "branch": branch, "overrides": overrides}
-        yield from plan_scoring(root, **learner, sources=sources)
-        _, candidates = find_candidates(run, **learner, sources=sources)
+        yield from plan_scoring(root, **learner, sources=replay.sources)
+        _, candidates = find_candidates(run, **learner, sources=replay.sources)
         spec = max(candidates, key=lambda source: source.num_steps).spec
-        for work in plan_guide_cache(root, **learner, spec=spec, name=name, steps=steps):
+        for work in plan_guide_cache(root, **learner, spec=spec, name=name, steps=replay.steps):
             yield replace(work, work="sample the chosen guide") if isinstance(work, PlannedWork) else work
     elif not guide.complete:
-        yield from plan_guide_cache(
-            root, spec=guide.source, at=at, name=name, branch=branch, steps=steps, overrides=overrides
-        )
+        yield from plan_guide_cache(root, **learner, spec=guide.source, name=name, steps=replay.steps)
     done = name if guide is not None and guide.complete else None
-    yield from plan_resume(root, **fork, at=at, guide=done, source_branch=branch, new_branch=name)
+    yield from plan_resume(root, **training, at=replay.at, guide=done, source_branch=replay.branch, new_branch=name)

@@ -1,6 +1,6 @@
 """Records of off-policy rollouts: guide caches, and the run's own past successes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,3 +86,22 @@ class ReplayBuffer:
     """Newest number of correct rollouts in the group of each prompt that has successes."""
     retired_epochs: Mapping[str, int] = field(default_factory=dict)
     """Prompt id to the epoch in which every slot of its group was correct."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayRequest:
+    """What `npo replay` is to do: score guide candidates, sample the chosen one, and train with it."""
+
+    at: int
+    """Step of the learner."""
+    branch: str
+    """Branch of the learner."""
+    sources: Sequence[SourceSpec] | None
+    """Candidates; None: every later checkpoint."""
+    name: str
+    """Of the guide cache and of the new branch."""
+    steps: int | None
+    """Steps with the guide; None: by default."""
+    until: int | None
+    """The last step to train; None: all that the settings name."""
+    overrides: Sequence[str]

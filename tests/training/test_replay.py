@@ -10,7 +10,7 @@ from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import list_branches
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.training.replay import replay_run
-from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.guides import GuideCacheInfo, ReplayRequest
 from npo_cli.types.rollouts import Notice, StepReport
 from npo_cli.types.scores import CandidateScore, GuideChoice
 from tests.helpers.cli_errors import assert_refused, json_rows, npo
@@ -43,7 +43,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def replay(root: Path, **options):
     fields = {"at": 2, "branch": "main", "sources": None, "name": "r", "steps": None, "until": None}
-    return replay_run(root, **fields | options, overrides=FEW)
+    return replay_run(root, ReplayRequest(**fields | options, overrides=FEW))
 
 
 def run_until(root: Path, kind: type) -> None:
