@@ -5,7 +5,6 @@ The learner is sampled on prompts of the segment ahead; those that it mostly fai
 log-probabilities of the policy that wrote the samples; without them a candidate has a Q, and no V and S.
 """
 
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -18,9 +17,14 @@ from npo_cli.guides.candidates import find_candidates, find_horizon, plan_rounds
 from npo_cli.guides.collect_samples import (
     CONTROL,
     SCREENING,
+    CheckpointLoader,
+    SamplerThread,
     ScoringState,
+    compute_ratios,
+    describe_learner_part,
+    open_sampler_thread,
     sample_candidates,
-    sample_learner,
+    sample_in_turn,
     sample_other_source,
 )
 from npo_cli.guides.source import GuideSource
@@ -35,7 +39,6 @@ from npo_cli.scoring.ranking import CandidateResults, rank_candidates, variance_
 from npo_cli.scoring.variance import SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, list_replay_prompts
-from npo_cli.session.logprob_pass import compute_learner_ratios
 from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import Session, build_session, load_checkpoint, open_task_and_policy
 from npo_cli.session.startup import charge_startup
@@ -102,10 +105,14 @@ def score_candidates(
             policy.load(learner.checkpoint.path)
             yield from warning_notices(source.check(task, policy))
     policy.load(learner.checkpoint.path)
-    with closing(build_session(run, learner.recipe, task=task, policy=policy)) as session:
-        state = open_scoring_state(session, learner, candidates, horizon=horizon, folder=folder, cost_kind=cost_kind)
+    with (
+        closing(build_session(run, learner.recipe, task=task, policy=policy)) as session,
+        open_sampler_thread(session, learner) as sampler,
+    ):
+        state = open_scoring_state(
+            session, learner, candidates, horizon=horizon, sampler=sampler, folder=folder, cost_kind=cost_kind
+        )
         failed = yield from screen_prompts(state)
-        yield from sample_learner(state, failed, candidate=CONTROL)
         scores = yield from sample_and_rank(state, candidates, failed, rounds)
     if scores is None:
         # The engine is closed: an external model may need its memory.
@@ -135,6 +142,7 @@ def open_scoring_state(
     candidates: Sequence[GuideSource],
     *,
     horizon: int,
+    sampler: SamplerThread | None = None,
     folder: Path | None = None,
     cost_kind: CostKind = "score",
 ) -> ScoringState:
@@ -156,6 +164,8 @@ def open_scoring_state(
     )
     return ScoringState(
         session=session,
+        sampler=sampler,
+        weights=CheckpointLoader(policy=session.policy),
         learner=learner,
         store=store,
         samples={key: found.rollouts for key, found in store.read().items()},
@@ -169,7 +179,7 @@ def screen_prompts(state: ScoringState) -> Generator[Progress | Notice, None, li
     """Prompts of the segment ahead into which a guide would be injected: those the learner fails in k samples."""
     learner = state.learner
     prompts = list_replay_prompts(state.session, learner, state.horizon - learner.step)[: state.settings.num_prompts]
-    yield from sample_learner(state, prompts, candidate=SCREENING)
+    yield from sample_in_turn(state, [describe_learner_part(state, SCREENING, prompts)])
     limit = learner.recipe.guide.inject.max_accuracy
     failed = []
     for prompt in prompts:
@@ -196,7 +206,7 @@ def sample_and_rank(
 ) -> Generator[Progress, None, tuple[CandidateScore, ...] | None]:
     """Sample all checkpoints on all prompts; with a budget halve their number round by round, and return the scores."""
     if rounds is None:
-        yield from sample_candidates(state, candidates, failed)
+        yield from sample_candidates(state, candidates, failed, control=failed)
         return None
     scores: tuple[CandidateScore, ...] = ()
     left, num_prompts = list(candidates), 0
@@ -207,7 +217,7 @@ def sample_and_rank(
             names = {source.spec.text for source in left}
             survivors = select_survivors([score for score in scores if score.candidate in names], entry.num_candidates)
             left = [source for source in left if source.spec.text in survivors]
-        yield from sample_candidates(state, left, failed[:num_prompts])
+        yield from sample_candidates(state, left, failed[:num_prompts], control=failed)
         prompts |= dict.fromkeys(left, failed[:num_prompts])
         scores = yield from rank_round(state, prompts, control=failed)
     return scores
@@ -216,17 +226,16 @@ def sample_and_rank(
 def rank_round(
     state: ScoringState, prompts: Mapping[GuideSource, Sequence[Prompt]], *, control: Sequence[Prompt]
 ) -> Generator[Progress, None, tuple[CandidateScore, ...]]:
-    """Score all samples under the learner, whose weights are loaded once, and rank.
+    """Score all samples under the learner, as far as they were not, and rank.
 
     `prompts`: those of each candidate so far. What a killed process had sampled beyond them, in a later round of
     halving, must not influence this one.
     """
     learner = state.learner
-    state.session.policy.load(learner.checkpoint.path)
     description, names = "score under the learner", [CONTROL, *(source.spec.text for source in prompts)]
     for done, (name, own) in enumerate(zip(names, [control, *prompts.values()], strict=True)):
         yield Progress(description=description, done=done, total=len(names), note=name)
-        _compute_ratios(state, name, own)
+        compute_ratios(state, name, own)
     yield Progress(description=description, done=len(names), total=len(names))
     itself = collect_results(state, CONTROL, control, source="self", step=learner.step, is_fresh=True)
     results = [
@@ -258,20 +267,6 @@ def describe_segment(state: ScoringState, guide_step: int | None, *, scoring_tok
         num_prompts=len(list_replay_prompts(state.session, learner, num_steps)),
         scoring_tokens=scoring_tokens,
     )
-
-
-def _compute_ratios(state: ScoringState, candidate: str, prompts: Sequence[Prompt]) -> None:
-    """Importance ratios of the samples that have none yet; none at all if any sample lacks log-probabilities."""
-    new = [prompt for prompt in prompts if (candidate, prompt.prompt_id) not in state.ratios]
-    pairs = [(prompt, rollout) for prompt in new for rollout in state.samples.get((candidate, prompt.prompt_id), ())]
-    if not pairs or any(rollout.behavior_logps is None for _, rollout in pairs):
-        return
-    started = time.perf_counter()
-    for ratio in compute_learner_ratios(
-        state.session.policy, state.session.recipe, pairs, cap=SignalFormula.of(state.learner.recipe).token_cap
-    ):
-        state.ratios.setdefault((candidate, ratio.prompt_id), []).append(ratio)
-    state.charge(piece=f"{candidate} logprobs", started=started)
 
 
 def collect_results(

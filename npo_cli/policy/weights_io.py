@@ -7,6 +7,7 @@ before the first one is copied.
 import hashlib
 import json
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,13 +65,19 @@ FileStates: TypeAlias = tuple[tuple[str, int, int, int], ...]
 
 
 class HeldWeights:
-    """Folders that were read and checked, by the state of their files; of several the ones used last, up to 2 GB."""
+    """Folders that were read and checked, by the state of their files; of several the ones used last, up to 2 GB. Safe
+    to use from several threads."""
 
     def __init__(self) -> None:
         self.found: OrderedDict[tuple[Path, FileStates], SavedTensors] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, folder: Path, pattern: str) -> SavedTensors:
         """What is held of these files, read where they are not the same ones."""
+        with self._lock:
+            return self._read(folder, pattern)
+
+    def _read(self, folder: Path, pattern: str) -> SavedTensors:
         stats = [(path.name, path.stat()) for path in sorted(folder.glob(pattern))]
         key = folder, tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
         if key not in self.found:

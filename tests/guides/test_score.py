@@ -1,18 +1,21 @@
 """Scoring guide candidates: what is sampled, what a kill leaves, and the scores of checkpoints and other sources."""
 
 import json
+import os
 import shutil
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides.candidates import create_candidates
 from npo_cli.guides.collect_samples import SCREENING
 from npo_cli.guides.score import open_scoring_state, rank_round
 from npo_cli.guides.source import parse_spec
+from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy import weights_io
 from npo_cli.policy.model import Policy
 from npo_cli.scoring.ranking import NO_LOGPROBS_NOTE, RECORDED_NOTE
@@ -476,3 +479,60 @@ def test_scores_with_the_engines_logprobs_are_those_of_the_trainer_up_to_roundin
         assert reused.quality == computed.quality
         assert reused.variance == pytest.approx(computed.variance, rel=1e-4)
     assert counts["true"] < counts["false"]
+
+
+# A thread that samples ahead
+
+
+def score_on_cores(num_cores: int, root: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> set[str]:
+    """Score on a machine with so many cores, one of which is torch's; returns the names of the threads that sampled."""
+    names, generate = set(), TransformersEngine.generate
+
+    def watch(self, *args, **options):
+        names.add(threading.current_thread().name)
+        return generate(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
+        patch.setattr(TransformersEngine, "generate", watch)
+        score(root, *LENIENT, *overrides)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scoring sampler")]
+    return names
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("scoring.budget=64",), *(pytest.param(every, marks=pytest.mark.slow) for every in ((), ("model.lora.rank=2",)))],
+)
+def test_score_with_a_sampler_thread_is_that_without_bit_for_bit(line, tmp_path, monkeypatch, overrides):
+    start = line
+    if "model.lora.rank=2" in overrides:
+        start, overrides = tmp_path / "lora", ()
+        train(start, "train.save_every=1", "guide.inject.max_accuracy=1.0", "model.lora.rank=2")
+    roots = {num_cores: copy_run(start, tmp_path / str(num_cores)) for num_cores in (1, 2)}
+    alone, beside = (score_on_cores(num_cores, root, monkeypatch, *overrides) for num_cores, root in roots.items())
+    assert alone == {threading.current_thread().name}
+    assert beside == {"scoring sampler_0"}
+    assert store_of(roots[1]).path.read_bytes() == store_of(roots[2]).path.read_bytes()
+    assert saved_scores(roots[1]) == saved_scores(roots[2])
+
+
+def test_score_reports_an_error_of_the_sampler_thread_and_continues_later(line, straight, tmp_path, monkeypatch):
+    root, generate, calls = copy_run(line, tmp_path / "run"), TransformersEngine.generate, []
+
+    def fail(self, *args, **options):
+        calls.append(threading.current_thread().name)
+        if len(calls) == 4:
+            raise RunFailed("the engine is gone")
+        return generate(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+        patch.setattr(TransformersEngine, "generate", fail)
+        with pytest.raises(RunFailed, match="the engine is gone"):
+            score(root, *LENIENT)
+    assert set(calls) == {"scoring sampler_0"}
+    # screening, control and the first candidate are written
+    assert list(prompts_by_candidate(root)) == [SCREENING, "self", "checkpoint:1"]
+    score(root, *LENIENT)
+    assert_same_scores(saved_scores(root), saved_scores(straight["all pairs"]))
