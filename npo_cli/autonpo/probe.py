@@ -305,10 +305,13 @@ def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
 
 
 def read_sampled_groups(session: Session, branch: str, step: int) -> tuple[Group, ...]:
-    """The recorded groups of the first training step whose rollouts the policy of `step` sampled; none is empty."""
+    """The recorded groups of the first training step whose rollouts the policy of `step` sampled; none is empty.
+
+    With train.staleness the branch that trained `step` may have recorded it after the next one was forked.
+    """
     for later in range(step + 1, step + 2 + session.recipe.train.staleness):
-        owner = find_owning_branch(session.run, branch, later)
-        groups = RolloutLog(session.run.rollouts_path(owner)).read_step(later) or ()
-        if any(rollout.sampler_step == step for group in groups for rollout in group.on_policy.rollouts):
-            return groups
+        for owner in dict.fromkeys(find_owning_branch(session.run, branch, each) for each in (later, step)):
+            groups = RolloutLog(session.run.rollouts_path(owner)).read_step(later) or ()
+            if any(rollout.sampler_step == step for group in groups for rollout in group.on_policy.rollouts):
+                return groups
     return ()

@@ -116,7 +116,8 @@ def test_autonpo_killed_while_it_samples_a_guide_ends_the_same(warm: ForkServer,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
+@pytest.mark.usefixtures("producers")
+@pytest.mark.parametrize("kind", [(), LORA, ("train.staleness=1",)], ids=["full", "lora", "staleness"])
 def test_autonpo_killed_in_every_phase_ends_the_same(warm: ForkServer, tmp_path, kind):
     settings = (*kind, TESTED, "autonpo.max_interventions=1", "train.num_steps=10")
     list(start_autonpo(tmp_path / "straight", *settings))

@@ -8,15 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from npo_cli.autonpo.probe import read_sampled_groups
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.inference.base import LogprobRequest
 from npo_cli.session.session import Session, sample_groups
+from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.costs import read_cost_lines
 from npo_cli.storage.layout import open_run
+from npo_cli.storage.lineage import ancestry, read_segments
 from npo_cli.storage.log_head import rewrite_head
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.train import train_run
 from npo_cli.types.rollouts import Group
+from tests.helpers.autonpo_runs import (
+    check_equal_except_main,
+    events_of,
+    start_autonpo,
+    start_autonpo_resume,
+    train_grpo,
+)
 from tests.helpers.runs import (
     LORA,
     copy_run,
@@ -24,6 +34,7 @@ from tests.helpers.runs import (
     reproducible_digests,
     resume,
     sample,
+    score,
     start_resume,
     stop_after,
     tiny_recipe,
@@ -173,6 +184,76 @@ def test_batches_sampled_ahead_are_charged_once(tmp_path):
     train(root, *STALE, "train.num_steps=4")
     ahead = [line for line in read_cost_lines(open_run(root)) if line.kind == "ahead"]
     assert {line.step for line in ahead} == {3, 5}
+    check_costs(root, trained=4, ahead=[5])
+    resume(root, "train.num_steps=6")
+    check_costs(root, trained=6, ahead=[7])
+
+
+def check_costs(root: Path, *, trained: int, ahead: list[int]) -> None:
+    """By the recorded responses: those of trained steps are the branch's, the others are abandoned so far."""
+    tokens = {
+        step: sum(len(rollout.response_ids) for group in groups_of(root, step) for rollout in group.rollouts)
+        for step in sampler_steps(root)
+    }
+    assert tokens.keys() == {*range(1, trained + 1), *ahead}
+    costs = compute_run_costs(open_run(root), "main")
+    assert costs.training_tokens == sum(tokens[step] for step in range(1, trained + 1))
+    assert costs.abandoned_tokens == sum(tokens[step] for step in ahead)
+
+
+def test_dynamic_sampling_with_staleness_visits_the_data_in_order(tmp_path):
+    """Step s begins where step s - 1 ended, however many batches of 4 prompts that took."""
+    root = tmp_path / "run"
+    reports = train(root, *STALE, *KINDS["dynamic sampling"], "train.num_steps=4", "train.lr=3e-3")
+    session, position = open_session_at(root, 4), 0
+    for report in reports:
+        visited = [group.prompt.prompt_id for group in groups_of(root, report.step)]
+        assert len(visited) == 4 * report.metrics["dynamic/batches"]
+        indices = session.order.indices(position, len(visited))
+        assert visited == [session.task.train[index].prompt_id for index in indices]
+        position += len(visited)
+        assert report.metrics["data_position"] == position
+    assert max(report.metrics["dynamic/batches"] for report in reports) > 1
+
+
+@pytest.mark.slow
+def test_scoring_with_staleness_is_that_of_the_trained_steps(tmp_path):
+    """Batches of steps 5 and 6, which were sampled ahead and not trained, take no part."""
+    few = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50")
+    root, cut = tmp_path / "run", tmp_path / "cut"
+    train(root, "train.staleness=2")
+    copy_run(root, cut)
+    log = open_run(cut).rollouts_path("main")
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(line for line in lines if not line.startswith((b'{"step":5,', b'{"step":6,'))))
+    rewrite_head(log, is_accepted=True)
+    assert sampler_steps(root).keys() - sampler_steps(cut).keys() == {5, 6}
+    found = [score(folder, *few, at=2) for folder in (root, cut)]
+    assert found[0] == found[1]
+    assert [one.step for one in found[0]] == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_autonpo_with_staleness_begins_each_branch_with_an_empty_queue(tmp_path, staleness):
+    """With k = 2, checkpoints every 2 steps and a fork at f, what the policy of f - 2 sampled is step f + 1 of the
+    parent."""
+    root, settings = tmp_path / "run", (f"train.staleness={staleness}",)
+    list(start_autonpo(root, *settings))
+    assert events_of(root).count("rolled_back") >= 1
+    run = open_run(root)
+    for segment in read_segments(run):
+        found, fork = sampler_steps(root, segment.branch), segment.fork_step
+        assert found == {step: {max(fork, step - 1 - staleness)} for step in found}
+    newest = read_segments(run)[-1].branch
+    session = open_session_at(root, 12, branch=newest)
+    for span in ancestry(run, newest):
+        for step in range(span.from_step + span.from_step % 2, (span.to_step or 12 - staleness), 2):
+            sampled = read_sampled_groups(session, newest, step)
+            assert {one.sampler_step for group in sampled for one in group.on_policy.rollouts} == {step}
+    train_grpo(tmp_path / "plain", *settings)
+    list(start_autonpo_resume(tmp_path / "plain"))
+    check_equal_except_main(tmp_path / "plain", root)
 
 
 def test_lost_record_of_the_queue_is_an_error(tmp_path):
