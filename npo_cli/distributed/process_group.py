@@ -9,6 +9,7 @@ another one, says so in the launcher's store; a rank that says nothing has died 
 
 import json
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,11 @@ class ProcessGroup:
         """`function` of this rank's part of the items; the results of all parts in order. An error is raised by all."""
         return list(function(items))
 
+    @contextmanager
+    def main_section(self) -> Iterator[None]:
+        """Work of rank 0 alone: what this thread calls in the block is local, and no other rank takes part."""
+        yield
+
     def finish(self) -> None:
         """The last call of a command, after an error was printed."""
 
@@ -95,7 +101,7 @@ class LaunchedGroup(ProcessGroup):
         self.reports_errors = self.is_main
         self.deadline, self._device = FIRST_DEADLINE, ""
         self._phase, self._failed_phase = "start", ""
-        self._is_main_section = False
+        self._thread = threading.local()
         self._store = next(dist.rendezvous("env://"))[0]
         dist.init_process_group(
             "gloo",
@@ -164,13 +170,11 @@ class LaunchedGroup(ProcessGroup):
             dist.barrier(group=self.torch_group)
         outcome: tuple[Any, Exception | None] = (None, None)
         if self.is_main:
-            self._is_main_section = True
             try:
-                outcome = (function(), None)
+                with self.main_section():
+                    outcome = (function(), None)
             except Exception as error:
                 outcome = (None, error)
-            finally:
-                self._is_main_section = False
         result, error = outcome
         sent = self.broadcast((result, None if error is None else self._portable(error)), phase=phase)
         result, error = outcome if self.is_main else sent
@@ -197,6 +201,20 @@ class LaunchedGroup(ProcessGroup):
             if error is not None:
                 raise error
         return [result for results, _ in outcomes for result in results]
+
+    @contextmanager
+    def main_section(self) -> Iterator[None]:
+        """Another thread of rank 0 still takes part in collectives."""
+        assert self.is_main, "rank 0 alone"
+        self._thread.is_main_section = True
+        try:
+            yield
+        finally:
+            self._thread.is_main_section = False
+
+    @property
+    def _is_main_section(self) -> bool:
+        return getattr(self._thread, "is_main_section", False)
 
     # The end of a rank
 

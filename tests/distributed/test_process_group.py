@@ -70,6 +70,13 @@ def test_process_group_broadcast_gives_the_value_of_rank_0(outcomes):
     assert outcomes["broadcast"] == [0, 0]
 
 
+def test_thread_of_rank_0_works_alone_while_the_ranks_meet(outcomes):
+    of_rank_0, of_rank_1 = outcomes["thread"]
+    assert of_rank_0["alone"] == [each for number in range(100) for each in (number, -number, 7)]
+    assert of_rank_1["alone"] == []
+    assert of_rank_0["together"] == of_rank_1["together"] == [2 * number for number in range(100)]
+
+
 def test_on_main_rank_of_one_process_calls_the_function():
     @on_main_rank
     def add(first: int, *, second: int) -> int:

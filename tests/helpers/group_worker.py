@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,26 @@ def message_of(call) -> str:
     return ""
 
 
+def work_in_a_thread() -> dict[str, list[int]]:
+    """Rank 0's thread works alone while both ranks meet in collectives."""
+    group = current_group()
+    alone: list[int] = []
+
+    def work() -> None:
+        with group.main_section():
+            for number in range(100):
+                alone.extend(group.map(list, [number, -number], phase="alone"))
+                alone.append(group.run_on_main(lambda: group.broadcast(7, phase="alone"), phase="alone"))
+
+    thread = threading.Thread(target=work)
+    if group.is_main:
+        thread.start()
+    together = [sum(group.map(list, [number, number], phase="together")) for number in range(100)]
+    if group.is_main:
+        thread.join()
+    return {"alone": alone, "together": together}
+
+
 def try_collectives(folder: Path) -> dict[str, object]:
     group = current_group()
     log = JsonlLog(folder / "log.jsonl")
@@ -45,6 +66,7 @@ def try_collectives(folder: Path) -> dict[str, object]:
         "broadcast": group.broadcast(group.rank, phase="agree"),
         "steps": [row["step"] for row in log.iter_rows()],
         "text": (folder / "text").read_text(),
+        "thread": work_in_a_thread(),
     }
     return {name: group.gather(value, phase="report") for name, value in outcome.items()}
 
