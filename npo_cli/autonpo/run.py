@@ -80,7 +80,7 @@ def resume_autonpo(
     run = open_run(root)
     with lock_run(run), stop_between_steps(stop) as stop:
         start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
-        with open_session(run, start.recipe, checkpoint=start.checkpoint) as session:
+        with open_session(run, start.recipe, checkpoint=start.checkpoint, trains=True) as session:
             num_prompts = len(session.task.train)
             validate_autonpo_settings(start.recipe, num_prompts)
             record_start(run, start, overrides)

@@ -6,6 +6,8 @@ position of a step follows from the step before it. Which batch is ready when de
 
 The learner alone reads and writes the log. Before it saves a checkpoint it records the next k steps, whose policies
 are older than the checkpoint; after a restart they are read back like any recorded step.
+
+Of several ranks, rank 0 has the thread, and sends each batch to the others when it is taken.
 """
 
 import threading
@@ -18,7 +20,7 @@ from queue import SimpleQueue
 from npo_cli.activity import Activity, report_activity
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.rollout.batch import ActiveGuide, StepBatch, assemble_batch, record_batch
-from npo_cli.session.producer import ProducerEngine
+from npo_cli.session.producer import QueueEngine
 from npo_cli.session.session import Session, count_generated_tokens
 from npo_cli.storage.costs import append_cost
 from npo_cli.storage.rollout_log import RolloutLog
@@ -30,13 +32,13 @@ CLOSE_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueuedBatch:
-    """A batch that is built or being built."""
+    """A batch that rank 0 has built or is building."""
 
     step: int
     sampler_step: int
     recorded: Sequence[Group]
     built: "Future[tuple[StepBatch, float]]"
-    """The batch, and the seconds that building it took."""
+    """The batch, and the seconds that building it took; on rank 0."""
 
 
 class RolloutQueue:
@@ -62,14 +64,14 @@ class RolloutQueue:
         self.session, self.log, self.branch, self.seed_name = session, log, branch, seed_name
         self.fork_step, self.last_step, self.active_guide = fork_step, last_step, active_guide
         self.staleness = session.recipe.train.staleness
-        self._aborted = threading.Event()
-        self._engine = ProducerEngine(producer=session.producer, aborted=self._aborted, versions={})
+        self._engine = QueueEngine(session.producer, session.policy)
         self._batches: dict[int, QueuedBatch] = {}
         self._on_record: set[int] = set()
         self._next_step = step + 1
         self._waiting: SimpleQueue[QueuedBatch | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._build_batches, args=(position,), name="rollout queue", daemon=True)
-        self._thread.start()
+        if session.distributed.is_main:
+            self._thread.start()
 
     def fill(self, step: int) -> None:
         """Ask for the batches that the policy of `step` samples, whose weights the session holds now.
@@ -116,9 +118,10 @@ class RolloutQueue:
 
     def close(self) -> None:
         """End the thread."""
-        self._aborted.set()
+        self._engine.close()
         self._waiting.put(None)
-        self._thread.join(CLOSE_SECONDS)
+        if self.session.distributed.is_main:
+            self._thread.join(CLOSE_SECONDS)
 
     def _publish(self, wanted: int, sampler_step: int, step: int) -> None:
         if sampler_step != step:
@@ -128,16 +131,13 @@ class RolloutQueue:
                 f"{sampler_step}, which samples them, is gone",
                 f"fork a branch there: npo resume {run} --branch {self.branch} --at {step} --no-guide",
             )
-        versions = self._engine.versions
-        versions[step] = self._engine.producer.publish(step, self.session.policy)
-        for older in [known for known in versions if known < step - self.staleness]:
-            del versions[older]
+        self._engine.publish(step)
 
     def _record(self, step: int) -> tuple[StepBatch, float]:
         built = self._batches[step].built
         if not built.done():
             report_activity(Activity(name="wait for rollouts"))
-        batch, seconds = built.result()
+        batch, seconds = self.session.distributed.run_on_main(built.result, phase="wait for rollouts")
         if step not in self._on_record:
             record_batch(self.log, step, batch)
             self._on_record.add(step)
@@ -149,15 +149,16 @@ class RolloutQueue:
         while (batch := self._waiting.get()) is not None:
             began = time.perf_counter()
             try:
-                built = assemble_batch(
-                    session,
-                    batch.recorded,
-                    seed_name=self.seed_name,
-                    step=batch.step,
-                    sampler_step=batch.sampler_step,
-                    position=position,
-                    active_guide=self.active_guide,
-                )
+                with session.distributed.main_section():
+                    built = assemble_batch(
+                        session,
+                        batch.recorded,
+                        seed_name=self.seed_name,
+                        step=batch.step,
+                        sampler_step=batch.sampler_step,
+                        position=position,
+                        active_guide=self.active_guide,
+                    )
             except Exception as error:  # raised by the learner, who waits for it
                 batch.built.set_exception(error)
                 return

@@ -54,11 +54,6 @@ def check_distributed_recipe(recipe: Recipe, num_processes: int) -> None:
             f"engine.compile=true compiles the model of one process, and there are {num_processes}",
             "engine.compile=false",
         )
-    if train.staleness:
-        raise NpoError(
-            f"train.staleness={train.staleness} needs one process, and there are {num_processes}",
-            "start without torchrun, or set train.staleness=0",
-        )
     if train.optimizer == "adafactor":
         raise NpoError("train.optimizer=adafactor is not supported with sharded weights", "train.optimizer=adamw")
     if recipe.engine.vllm.weight_transfer in ("nccl", "ipc"):

@@ -36,13 +36,13 @@ class Session:
     recipe: Recipe
     run: RunDir
     policy: Policy
-    engine: Engine | ProducerEngine
+    engine: Engine
     sync: WeightSync | ProducerEngine
-    """Sends the policy's weights to the engine and verifies them there."""
+    """Sends the policy's weights to the engine, where they are verified."""
     task: Task
     order: DataOrder
     producer: Producer | None
-    """Samples ahead while the session trains; None with train.staleness=0."""
+    """Samples ahead; None with train.staleness=0, and in a session that does not train."""
     teacher: Policy | None = None
     """Frozen model of a dense target, in a session that trains; None without a target."""
 
@@ -66,11 +66,13 @@ class Session:
 
 
 @contextmanager
-def open_session(run: RunDir, recipe: Recipe, *, checkpoint: Checkpoint | None) -> Iterator[Session]:
+def open_session(
+    run: RunDir, recipe: Recipe, *, checkpoint: Checkpoint | None, trains: bool = False
+) -> Iterator[Session]:
     """A run's task, policy and engine, closed after the block; the base model where `checkpoint` is None."""
     with (
         open_task_and_policy(recipe, checkpoint, run=run) as (task, policy),
-        closing(build_session(run, recipe, task=task, policy=policy)) as session,
+        closing(build_session(run, recipe, task=task, policy=policy, trains=trains)) as session,
     ):
         yield session
 
@@ -200,29 +202,55 @@ def count_prompt_tokens(policy: Policy, prompts: Sequence[Prompt], recipe: Recip
 
 
 def build_session(
-    run: RunDir, recipe: Recipe, *, task: Task, policy: Policy, extrapolates_weights: bool = False
+    run: RunDir,
+    recipe: Recipe,
+    *,
+    task: Task,
+    policy: Policy,
+    trains: bool = False,
+    extrapolates_weights: bool = False,
 ) -> Session:
     """Start the engine for an open task and policy; the caller closes the session, and the task.
 
-    `extrapolates_weights`: the policy will be extrapolated in weights although the recipe does not say so.
+    `trains`: with train.staleness batches are sampled ahead, by a producer; it alone opens an engine that holds a copy
+    of the weights. `extrapolates_weights`: the policy will be extrapolated in weights although the recipe does not say
+    so.
     """
-    engine = open_session_engine(recipe, policy, doubles_rank=extrapolates_weights or recipe.extrapolates_weights)
+    check_rows = build_check_rows(policy, task.train)
+    producer = Producer(recipe, check_rows=check_rows) if trains and recipe.train.staleness else None
+    sync: WeightSync | ProducerEngine
+    if producer is not None and ENGINES.get(recipe.engine.kind).needs_weight_sync:
+        engine = sync = open_producer_engine(producer, policy)
+    else:
+        engine = open_session_engine(recipe, policy, doubles_rank=extrapolates_weights or recipe.extrapolates_weights)
+        sync = WeightSync(
+            recipe=recipe,
+            policy=policy,
+            engine=engine,
+            check_rows=check_rows,
+            run_nonce=current_group().broadcast(secrets.token_hex(4), phase="open the session"),
+        )
     return Session(
         recipe=recipe,
         run=run,
         policy=policy,
         engine=engine,
-        sync=WeightSync(
-            recipe=recipe,
-            policy=policy,
-            engine=engine,
-            check_rows=build_check_rows(policy, task.train),
-            run_nonce=current_group().broadcast(secrets.token_hex(4), phase="open the session"),
-        ),
+        sync=sync,
         task=task,
         order=DataOrder(num_prompts=len(task.train), seed=recipe.train.seed),
-        producer=Producer(recipe) if recipe.train.staleness else None,
+        producer=producer,
     )
+
+
+@measure_startup("start", "the engine")
+def open_producer_engine(producer: Producer, policy: Policy) -> ProducerEngine:
+    """The producer, started, as the session's engine."""
+    try:
+        producer.start(policy)
+        return ProducerEngine(producer, policy, reproducibility_warning=producer.wait_until_ready())
+    except BaseException:
+        producer.close()
+        raise
 
 
 @measure_startup("start", "the engine")

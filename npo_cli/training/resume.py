@@ -76,7 +76,7 @@ def resume_run(
             fresh=fresh,
         )
         with (
-            open_session(run, start.recipe, checkpoint=start.checkpoint) as session,
+            open_session(run, start.recipe, checkpoint=start.checkpoint, trains=True) as session,
             open_active_guide(session, start.segment) as guidance,
         ):
             first = start.segment if start.is_new else find_first_segment(run, start.branch)

@@ -84,7 +84,7 @@ def create_session(
         policy = open_policy(recipe, task, None)
         check_disk_space(root, recipe, policy, last_step=last_step or recipe.train.num_steps)
         teacher = open_teacher(RunDir(root), recipe, policy, parent=None, fork_step=0)
-        with closing(build_session(RunDir(root), recipe, task=task, policy=policy)) as session:
+        with closing(build_session(RunDir(root), recipe, task=task, policy=policy, trains=True)) as session:
             session = replace(session, teacher=teacher)
             first = Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None)
             run = create_run(

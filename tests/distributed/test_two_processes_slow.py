@@ -18,16 +18,18 @@ from npo_cli.session.weight_sync import build_check_rows
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import find_resume_checkpoint
 from npo_cli.storage.cost_sums import compute_run_costs
+from npo_cli.storage.evals import read_evals
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.training.train import train_run
-from tests.distributed.test_two_processes import assert_same_metrics, metrics
+from tests.distributed.test_two_processes import assert_same_metrics, metrics, responses
 from tests.helpers.cli_errors import npo
 from tests.helpers.images import load_vision_policy, mixed_prompts
 from tests.helpers.runs import LORA, TINY, copy_run, resume, sample, tiny_recipe, train
 from tests.helpers.scoring_worker import REQUESTS
 from tests.helpers.torchrun import is_gone, launch_job, pid_of, run, wait_until
 from tests.helpers.warm_process import num_lines
+from tests.session.test_producer import find_children, is_running
 from tests.training.test_image_runs import SMALL
 
 pytestmark = pytest.mark.slow
@@ -93,8 +95,10 @@ def test_sync_check_rows_with_images_use_the_full_vocabulary_on_every_rank(untau
         assert max(abs(expected.logps_T - never.logps_T)) > 0.01
 
 
-def test_autonpo_decisions_of_two_processes_equal_one(tmp_path):
-    recipe, settings = "micro-sparse-auto", ["--autonpo", "train.num_steps=40", "model.threads=1", "eval.every=0"]
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_autonpo_decisions_of_two_processes_equal_one(staleness, tmp_path):
+    recipe = "micro-sparse-auto"
+    settings = ["--autonpo", "train.num_steps=40", "model.threads=1", "eval.every=0", f"train.staleness={staleness}"]
     assert npo("train", recipe, tmp_path / "single", *settings).code == 0
     run("train", recipe, str(tmp_path / "double"), *settings, log=tmp_path / "log")
     single, double = (read_transitions(open_run(tmp_path / name)) for name in ("single", "double"))
@@ -105,6 +109,55 @@ def test_autonpo_decisions_of_two_processes_equal_one(tmp_path):
     assert "replay_done" in {move.event for move in double}
     tokens = [compute_run_costs(open_run(tmp_path / name), "early").tokens for name in ("single", "double")]
     assert tokens[0] == tokens[1] > 0
+
+
+STALE = (
+    ("train.staleness=1", "eval.every=4"),
+    (*LORA, "train.staleness=2", "sampling.dynamic=true", "sampling.max_gen_batches=3"),
+)
+
+
+@pytest.mark.parametrize("overrides", STALE, ids=["staleness 1", "lora, staleness 2, dynamic sampling"])
+def test_asynchronous_sampling_of_two_processes_equals_one(overrides, tmp_path):
+    """One producer, of rank 0, samples for both."""
+    settings = ("train.num_steps=8", *overrides)
+    train(tmp_path / "single", *settings)
+    run("train", "micro", str(tmp_path / "double"), *TINY, *settings, log=tmp_path / "log")
+    assert len(metrics(tmp_path / "double")) == 8
+    assert responses(tmp_path / "double") == responses(tmp_path / "single")
+    assert_same_metrics(metrics(tmp_path / "double"), metrics(tmp_path / "single"))
+    evals = [read_evals(open_run(tmp_path / name)) for name in ("double", "single")]
+    assert [(one.step, one.accuracy) for one in evals[0]] == [(one.step, one.accuracy) for one in evals[1]]
+    # One process continues with what two had sampled ahead.
+    more = "train.num_steps=10"
+    resume(tmp_path / "single", more)
+    resume(tmp_path / "double", more)
+    assert_same_metrics(metrics(tmp_path / "double"), metrics(tmp_path / "single"))
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "producer"])
+def test_killed_job_with_a_producer_leaves_none_and_is_resumed(victim, tmp_path):
+    root, log = tmp_path / "run", tmp_path / "log"
+    settings = ("train.staleness=1", "train.save_every=3")
+    long = (*settings, "train.num_steps=10000")
+    with launch_job("train", "micro", str(root), *TINY, *long, log=log) as job:
+        wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 5, job, log)
+        ranks = [pid_of(job, 0), pid_of(job, 1)]
+        (producer,) = find_children(ranks[0])
+        assert not find_children(ranks[1])
+        os.kill({"rank 0": ranks[0], "rank 1": ranks[1], "producer": producer}[victim], signal.SIGKILL)
+        assert job.wait(60) == 1
+    if victim == "producer":
+        assert "error: the producer (train.staleness=1) was killed by SIGKILL" in log.read_text()
+    deadline = time.monotonic() + 30
+    while is_running(producer):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    num_steps = 3 + num_lines(RunDir(root).metrics_path("main"))
+    run("resume", str(root), f"train.num_steps={num_steps}", log=log)
+    train(tmp_path / "single", *settings, f"train.num_steps={num_steps}")
+    assert responses(root) == responses(tmp_path / "single")
+    assert_same_metrics(metrics(root), metrics(tmp_path / "single"))
 
 
 def test_mixed_precision_of_two_processes_differs_by_rounding_only(tmp_path):
@@ -199,6 +252,16 @@ def test_a_vllm_server_receives_the_gathered_weights(tmp_path: Path):
     run("train", "micro", str(tmp_path / "run"), *TINY, *engine, log=tmp_path / "log")
     # Each sync was verified: trainer and server score the check rows equally, or the run ends.
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm")
+@pytest.mark.vllm
+def test_a_vllm_producer_receives_the_gathered_weights(tmp_path: Path):
+    settings = ("engine.kind=vllm_server", "train.staleness=1", "train.num_steps=6", "eval.every=3")
+    train(tmp_path / "single", *settings)
+    run("train", "micro", str(tmp_path / "double"), *TINY, *settings, log=tmp_path / "log")
+    assert responses(tmp_path / "double") == responses(tmp_path / "single")
+    assert_same_metrics(metrics(tmp_path / "double"), metrics(tmp_path / "single"))
 
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision")

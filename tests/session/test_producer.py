@@ -5,19 +5,29 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.errors import RunFailed
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.inference.base import Sample
 from npo_cli.policy.model import load_policy
 from npo_cli.session import producer
-from npo_cli.session.producer import PublishedWeights, compute_checksum, select_weights
+from npo_cli.session.producer import (
+    Producer,
+    ProducerEngine,
+    PublishedWeights,
+    QueueEngine,
+    compute_checksum,
+    select_weights,
+)
 from npo_cli.session.producer_process import load_published
-from tests.helpers.runs import TINY, reproducible_digests, resume, train
+from tests.helpers.runs import TINY, reproducible_digests, resume, tiny_recipe, train
 from tests.helpers.warm_process import num_lines, wait_until
+from tests.inference.vllm_models import make_engine, make_requests, perturb_weights
 
 LONG = (*TINY, "train.num_steps=500", "train.save_every=500", "train.staleness=1")
 PATIENCE_SECONDS = 600.0
@@ -104,12 +114,61 @@ def test_output_of_a_producer_that_cannot_start_is_reported(tmp_path, monkeypatc
         train(tmp_path / "run", "train.staleness=1")
 
 
+@pytest.mark.usefixtures("producers")
+def test_error_in_the_producer_is_raised_as_it_was(tmp_path):
+    policy = load_policy(ModelSettings())
+    started = Producer(tiny_recipe("train.staleness=1", "model.path=no/such/model"), check_rows=())
+    started.start(policy)
+    with pytest.raises(NpoError, match="no/such/model") as raised:
+        started.wait_until_ready()
+    assert raised.value.exit_code == 2
+    assert raised.value.hint
+    started.close()
+
+
+@pytest.mark.usefixtures("producers")
+def test_engines_of_one_producer_sample_in_turn_each_from_its_own_weights():
+    recipe = tiny_recipe("train.staleness=1")
+    policy = load_policy(recipe.model)
+    requests = make_requests(policy, "1+1=")
+    started = Producer(recipe, check_rows=())
+    started.start(policy)
+    queue, own = QueueEngine(started, policy), ProducerEngine(started, policy)
+
+    def sample(engine, version: str | None) -> list[Sample]:
+        versioned = [replace(request, version=version) for request in requests]
+        return engine.generate(versioned, temperature=1.0, max_new_tokens=6)
+
+    def files() -> list[str]:
+        return sorted(path.name for path in started._folder.glob("weights-*"))
+
+    queue.publish(0)
+    expected = [sample(make_engine("transformers", policy), None)]
+    perturb_weights(policy, by=0.3)
+    queue.publish(1)
+    version = own.sync_weights(1)
+    assert own.sync_weights(1) == version
+    expected.append(sample(make_engine("transformers", policy), None))
+    assert expected[0] != expected[1]
+    # An evaluation between two jobs of a batch, which is older.
+    found = [sample(queue, queue.sync_weights(0)), sample(own, version), sample(queue, queue.sync_weights(0))]
+    assert found == [expected[0], expected[1], expected[0]]
+    assert sample(queue, queue.sync_weights(1)) == expected[1]
+    assert files() == ["weights-1.safetensors", "weights-2.safetensors", "weights-3.safetensors"]
+    perturb_weights(policy, by=0.3, seed=1)
+    queue.publish(2)
+    assert files() == ["weights-2.safetensors", "weights-3.safetensors", "weights-4.safetensors"]
+    folder = started._folder
+    started.close()
+    assert not folder.exists()
+
+
 def test_damaged_weights_are_not_sampled_from(tmp_path):
     policy = load_policy(ModelSettings())
     sent = {name: tensor.detach() + 0.01 for name, tensor in select_weights(policy).items()}
     path = tmp_path / "weights.safetensors"
     save_file(sent, path)
-    weights = PublishedWeights(version="step 3", path=path, crc32=compute_checksum(sent))
+    weights = PublishedWeights(step=3, version="step 3", path=path, crc32=compute_checksum(sent))
     own = select_weights(policy)
     load_published(own, weights)
     assert compute_checksum({name: tensor.detach() for name, tensor in own.items()}) == weights.crc32
