@@ -269,6 +269,13 @@ class ScoringSettings(Settings):
         192, description="Number of training prompts that learner and candidates are sampled on."
     )
     samples_per_prompt: Count = Field(8, description="Responses per prompt, for the learner and for each candidate.")
+    samples_per_round: int | None = Field(
+        None,
+        ge=1,
+        description="pass@k: responses per prompt and round; a prompt with a correct response, whose pass@k is then "
+        "known, is not sampled further (null: all samples_per_prompt at once).",
+        json_schema_extra=applies_when({"scoring.quality": ["pass@k"]}),
+    )
     quality: Literal["pass@1", "pass@k"] = Field("pass@k", description="Quality Q used in S.")
     quality_baseline: Literal["learner", "none"] = Field(
         "learner",
@@ -295,3 +302,12 @@ class ScoringSettings(Settings):
         description="Total number of (candidate, prompt) pairs, spent by sequential halving (null: all pairs).",
     )
     bootstrap_resamples: Count = Field(2000, description="Number of bootstrap resamples over prompts.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ScoringSettings":
+        if self.samples_per_round is not None and self.quality != "pass@k":
+            raise ValueError(
+                f"scoring.samples_per_round stops at a correct response: it needs scoring.quality=pass@k, got "
+                f"{self.quality}"
+            )
+        return self

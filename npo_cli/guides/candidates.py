@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from npo_cli.config.guides import GuideSettings
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec, parse_spec
@@ -66,22 +67,12 @@ def find_candidates(
 def create_candidates(run: RunDir, learner: Learner, sources: Sequence[SourceSpec] | None) -> list[GuideSource]:
     """Each source once: checkpoints of the line by step, then the others as given; all validated without a model.
 
-    Other sources draw `scoring.samples_per_prompt` responses per prompt in one round.
+    Other sources draw as checkpoints do.
     """
     if sources is None:
         sources = [make_spec("checkpoint", {"step": found.step}) for found in list_later_checkpoints(run, learner)]
-    recipe, k = learner.recipe, learner.recipe.scoring.samples_per_prompt
-    cache = recipe.guide.cache.model_copy(
-        update={
-            "samples_per_prompt": k,
-            "samples_per_round": k,
-            "temperature": None,
-            "select": "random",
-            "max_responses_per_prompt": 1,
-            "min_correct": 1,
-        }
-    )
-    guide = recipe.guide.model_copy(update={"cache": cache})
+    recipe = learner.recipe
+    guide = draw_settings(recipe)
     scored = replace(learner, recipe=recipe.model_copy(update={"guide": guide}))
     target = ReplayTarget(run=run, learner=scored, purpose="score")
     created = [create_source(spec, target) for spec in sources]
@@ -91,6 +82,24 @@ def create_candidates(run: RunDir, learner: Learner, sources: Sequence[SourceSpe
     checkpoints = [source for source in candidates if isinstance(source, LineCheckpoint)]
     others = [source for source in candidates if not isinstance(source, LineCheckpoint)]
     return [*sorted(checkpoints, key=lambda source: source.checkpoint.step), *others]
+
+
+def draw_settings(recipe: Recipe) -> GuideSettings:
+    """How responses are drawn for a scoring, as settings of a guide cache: `scoring.samples_per_prompt` per prompt at
+    once, or with `scoring.samples_per_round` until one is correct."""
+    k = recipe.scoring.samples_per_prompt
+    cache = recipe.guide.cache.model_copy(
+        update={
+            "samples_per_prompt": k,
+            "samples_per_round": recipe.scoring.samples_per_round or k,
+            "min_yield": 0.0,
+            "temperature": None,
+            "select": "random",
+            "max_responses_per_prompt": 1,
+            "min_correct": 1,
+        }
+    )
+    return recipe.guide.model_copy(update={"cache": cache})
 
 
 def find_horizon(candidates: Sequence[GuideSource], learner: Learner) -> int:

@@ -18,7 +18,15 @@ from functools import partial
 import torch
 
 from npo_cli.config.guides import ScoringSettings
-from npo_cli.guides.source import GuideSource, open_source, read_or_compute_logprobs, sample_source
+from npo_cli.guides.candidates import draw_settings
+from npo_cli.guides.source import (
+    GuideSource,
+    open_source,
+    read_or_compute_logprobs,
+    responses_per_prompt,
+    sample_in_rounds,
+    sample_source,
+)
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.policy.model import Policy
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
@@ -187,10 +195,13 @@ def sample_candidates(
     *,
     control: Sequence[Prompt],
 ) -> Iterator[Progress]:
-    """The control, and checkpoints of the line: as many at once as the engine holds versions, else in turn."""
+    """The control, and checkpoints of the line: as many at once as the engine holds versions, else in turn.
+
+    Rounds of a prompt are drawn in turn: each candidate has other prompts left.
+    """
     checkpoints = [source for source in sources if isinstance(source, LineCheckpoint)]
     own, num_versions = describe_learner_part(state, CONTROL, control), state.session.engine.num_versions
-    if num_versions > 1 and len(checkpoints) > 1:
+    if num_versions > 1 and len(checkpoints) > 1 and state.settings.samples_per_round is None:
         yield from sample_in_turn(state, [own])
         for start in range(0, len(checkpoints), num_versions):
             yield from _sample_concurrently(state, checkpoints[start : start + num_versions], prompts)
@@ -200,6 +211,7 @@ def sample_candidates(
             candidate=source.spec.text, checkpoint=source.checkpoint, prompts=prompts, seed=source.checkpoint.step
         )
         for source in checkpoints
+        if source.spec.text != CONTROL  # the learner as a candidate has the control's samples
     ]
     yield from sample_in_turn(state, [own, *parts])
 
@@ -252,8 +264,8 @@ def _chunks(prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]
 
 
 def sample_in_turn(state: ScoringState, parts: Sequence[SampledPart]) -> Iterator[Progress]:
-    """Sample checkpoints k times on each prompt that they were not sampled on yet; the learner scores each when it is
-    complete."""
+    """Sample checkpoints on each prompt that they were not sampled on yet, at most k times; the learner scores each
+    when it is complete."""
     left = [state.unsampled(part.candidate, part.prompts) for part in parts]
     chunks = [(part, chunk) for part, own in zip(parts, left, strict=True) for _, chunk in _chunks(own)]
     sampled = _sample_chunks(state, chunks)
@@ -279,13 +291,19 @@ def _sample_chunks(
     def sample(chunk: tuple[SampledPart, Sequence[Prompt]]) -> list[Group]:
         part, prompts = chunk
         sampler.weights.load(part.checkpoint)
-        return sample_groups(
-            sampler.session,
-            prompts,
-            seed_label=("score", state.learner.branch, state.learner.step, part.seed),
-            slots=range(state.settings.samples_per_prompt),
-            sampler_step=part.checkpoint.step,
+        label = ("score", state.learner.branch, state.learner.step, part.seed)
+
+        def draw(left: Sequence[Prompt], slots: Sequence[int]) -> list[Group]:
+            return sample_groups(
+                sampler.session, left, seed_label=label, slots=slots, sampler_step=part.checkpoint.step
+            )
+
+        if part.candidate == SCREENING:
+            return draw(prompts, range(state.settings.samples_per_prompt))
+        responses = sample_in_rounds(
+            draw_settings(state.learner.recipe), prompts, lambda left, slots: responses_per_prompt(draw(left, slots))
         )
+        return [Group(prompt=each.prompt, rollouts=each.rollouts) for each in responses]
 
     if state.sampler is None:
         return map(sample, chunks)

@@ -148,6 +148,7 @@ def open_scoring_state(
 ) -> ScoringState:
     """The store of this scoring, with the samples that an earlier command left in it."""
     recipe = learner.recipe
+    per_round = recipe.scoring.samples_per_round
     store = open_sample_store(
         folder or session.run.scores_folder,
         learner.branch,
@@ -160,6 +161,7 @@ def open_scoring_state(
             "max_accuracy": recipe.guide.inject.max_accuracy,
             "temperature": recipe.sampling.temperature,
             "max_new_tokens": recipe.sampling.max_new_tokens,
+            **({} if per_round is None else {"samples_per_round": per_round}),
         },
     )
     return ScoringState(

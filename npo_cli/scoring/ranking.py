@@ -32,6 +32,7 @@ OFF_LINE_DISTANCE = 10**9
 RECORDED_NOTE = "recorded responses, as many per prompt as there are"
 NO_LOGPROBS_NOTE = "no V and S: its log-probabilities are not available"
 NO_SAMPLES_NOTE = "no V and S: it has no samples of these prompts"
+IN_ROUNDS_NOTE = "sampled until solved: pass@1 is too high"
 ALL_SAMPLES_NOTE = f"V from all samples: fewer than {MIN_SAMPLES} are correct"
 
 
@@ -253,14 +254,16 @@ def _score_unranked(own: CandidateResults, candidate: Candidate, formula: Signal
         pass_at_k=mean_quality(own, formula.settings.samples_per_prompt),
         variance_kind=formula.settings.variance,
         is_distance=not formula.is_weighted,
-        note="" if candidate.is_learner else "; ".join(_notes(own, num_samples)),
+        note="" if candidate.is_learner else "; ".join(_notes(own, num_samples, formula)),
         **forecast,
     )
 
 
-def _notes(own: CandidateResults, num_samples: int) -> Iterator[str]:
+def _notes(own: CandidateResults, num_samples: int, formula: SignalFormula) -> Iterator[str]:
     if not own.is_fresh:
         yield RECORDED_NOTE
+    elif formula.settings.samples_per_round is not None:
+        yield IN_ROUNDS_NOTE
     if not own.ratios:
         yield NO_LOGPROBS_NOTE if num_samples else NO_SAMPLES_NOTE
     elif not has_enough_correct(own.ratios):

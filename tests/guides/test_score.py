@@ -18,7 +18,7 @@ from npo_cli.guides.source import parse_spec
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy import weights_io
 from npo_cli.policy.model import Policy
-from npo_cli.scoring.ranking import NO_LOGPROBS_NOTE, RECORDED_NOTE
+from npo_cli.scoring.ranking import IN_ROUNDS_NOTE, NO_LOGPROBS_NOTE, RECORDED_NOTE
 from npo_cli.scoring.variance import VARIANCE_ESTIMATORS
 from npo_cli.session.learner import find_learner
 from npo_cli.session.session import build_session, open_policy, open_task
@@ -30,7 +30,7 @@ from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import SampleStore, find_latest_scores, list_sample_stores
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.scores import CandidateScore
-from tests.helpers.runs import copy_run, open_session_at, score, score_records, score_with_none, train
+from tests.helpers.runs import copy_run, open_session_at, score, score_records, score_with_none, tiny_recipe, train
 from tests.helpers.teachers import correct_response, correct_rows, save_with_other_vocabulary, write_traces
 from tests.inference.openai_server import run_server
 
@@ -195,6 +195,41 @@ def test_score_budget_samples_the_better_half_more(straight):
         assert entry["num_prompts"] == counts[entry["candidate"]]
 
 
+def test_score_in_rounds_has_the_same_quality_from_fewer_responses(line, straight, tmp_path):
+    """Of 4 responses one at a time the first correct one is the last: the others are not sampled, and Q is the same."""
+    root = copy_run(line, tmp_path / "run")
+    records = list(score_records(root, *LENIENT, "scoring.samples_per_round=1"))
+    scores = [record for record in records if isinstance(record, CandidateScore)]
+    for entry, all_at_once in zip(scores, saved_scores(straight["all pairs"]), strict=True):
+        fields = ("candidate", "quality", "quality_low", "quality_high", "quality_net", "num_prompts")
+        assert [getattr(entry, name) for name in fields] == pytest.approx([all_at_once[name] for name in fields])
+        assert entry.num_samples < all_at_once["num_samples"]
+        assert entry.candidate == "none" or IN_ROUNDS_NOTE in entry.note
+    everything = store_of(straight["all pairs"]).read()
+    for key, samples in store_of(root).read().items():
+        sampled, others = samples.rollouts, everything[key].rollouts
+        is_correct = [rollout.is_correct for rollout in others]
+        first = 4 if key[0] == SCREENING or not any(is_correct) else 1 + is_correct.index(True)
+        assert [(rollout.slot, rollout.response_ids) for rollout in sampled] == [
+            (rollout.slot, rollout.response_ids) for rollout in others[:first]
+        ]
+
+
+@pytest.mark.slow
+def test_score_in_rounds_continues_after_a_kill(line, tmp_path):
+    in_rounds = (*LENIENT, "scoring.samples_per_round=2", "scoring.budget=64")
+    straight, broken = (copy_run(line, tmp_path / name) for name in ("straight", "broken"))
+    score(straight, *in_rounds)
+    leave_unfinished(straight, broken, 0.6)
+    score(broken, *in_rounds)
+    assert_same_scores(saved_scores(broken), saved_scores(straight))
+
+
+def test_score_in_rounds_needs_pass_at_k():
+    with pytest.raises(NpoError, match=r"it needs scoring\.quality=pass@k, got pass@1"):
+        tiny_recipe("scoring.samples_per_round=2", "scoring.quality=pass@1")
+
+
 def test_score_budget_ignores_samples_of_later_rounds(straight, tmp_path):
     """First everything is asked; the budget's own race over the same samples is what it would have been alone."""
     root = copy_run(straight["all pairs"], tmp_path / "run")
@@ -302,6 +337,13 @@ def test_score_of_self_has_variance_one(two_epochs, tmp_path):
     assert itself.variance == pytest.approx(1)
     assert itself.quality_net == pytest.approx(0)
     assert itself.kl_per_token == pytest.approx(0, abs=1e-9)
+
+
+def test_score_of_self_is_the_control_and_sampled_once(two_epochs, tmp_path):
+    root = copy_run(two_epochs, tmp_path / "run")
+    score_by_name(root, "self", "8")
+    sampled = [(candidate, samples.prompt_id) for _, candidate, samples in store_of(root).iter_samples()]
+    assert len(sampled) == len(set(sampled)) == 3 * 16
 
 
 def test_score_of_an_external_model_with_the_learners_tokens_has_a_variance(two_epochs, tmp_path):
