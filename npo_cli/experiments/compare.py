@@ -26,6 +26,7 @@ from npo_cli.experiments.method_curves import (
     estimate_bands,
     find_comparison_range,
     get_cost,
+    list_horizon_points,
     mean_costs_at_horizon,
 )
 from npo_cli.experiments.time_to_threshold import (
@@ -174,6 +175,7 @@ def summarize_method(
         run_tokens=statistics.fmean(
             compute_run_costs(one.run_branch.run, one.run_branch.branch).tokens for one in method.runs
         ),
+        teacher_tokens=statistics.fmean(point.teacher_tokens for point in list_horizon_points(method, common)),
         changed_settings=method_differences(method, baseline),
         mismatched_settings=find_mismatches(method, baseline),
     )

@@ -178,6 +178,7 @@ def load_seed_run(place: RunBranch) -> SeedRun:
                 updates=point.total_steps * per_step,
                 tokens=point.total_tokens,
                 forwards=point.total_forwards,
+                teacher_tokens=point.total_teacher_tokens,
                 seconds=point.total_seconds if timed else None,
                 accuracy=point.accuracy,
                 entropy=point.entropy if isinstance(point, CurvePoint) else None,

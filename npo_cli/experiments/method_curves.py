@@ -102,8 +102,13 @@ def compute_seed_statistics(one: SeedRun, weights_EF: Floats) -> SeedStatistics:
 
 def mean_costs_at_horizon(method: MethodRuns, common: ComparisonRange) -> dict[str, float]:
     """Mean over the seeds of the cost of reaching the horizon, by axis."""
-    last = [[point for point in one.points if point.step <= common.horizon][-1] for one in method.runs]
+    last = list_horizon_points(method, common)
     return {axis: statistics.fmean(get_cost(point, axis) for point in last) for axis in common.end_costs}
+
+
+def list_horizon_points(method: MethodRuns, common: ComparisonRange) -> list[SeedPoint]:
+    """The last evaluation of each seed up to the horizon."""
+    return [[point for point in one.points if point.step <= common.horizon][-1] for one in method.runs]
 
 
 def estimate_bands(

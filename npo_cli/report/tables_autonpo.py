@@ -325,6 +325,10 @@ def account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
         ),
         ("abandoned tokens", lambda one: format_count(one.abandoned_tokens)),
         ("all tokens", lambda one: format_count(one.tokens)),
+        *(
+            (("read by the teacher", lambda one: format_count(one.teacher_tokens)),)
+            * any(one.teacher_tokens for one in accounts)
+        ),
         ("wall clock, s", lambda one: f"{one.seconds:,.1f}" if one.seconds > 0 else "-"),
         ("interventions", lambda one: format_count(one.num_interventions)),
         ("rejections", lambda one: format_count(one.num_rejections)),

@@ -90,6 +90,7 @@ def _training_table(methods: Sequence[MethodSummary]) -> Table:
     columns = (
         *(METHOD, SEEDS),
         *(Column(axis, partial(_mean_cost_cell, axis)) for axis in AXES[1:]),
+        Column("teacher tokens", lambda one: format_cost(one.teacher_tokens or None)),
         Column("whole run", lambda one: format_cost(one.run_tokens)),
         *(Column(f"entropy {25 * n}-{25 * n + 25} %", partial(_entropy_cell, n)) for n in range(4)),
         Column("injected per step", lambda one: format_number(one.injections_per_step or None, digits=2)),
@@ -100,6 +101,8 @@ def _training_table(methods: Sequence[MethodSummary]) -> Table:
         "whole run: all tokens that its runs generated, with branches of other methods and abandoned ones.",
         "entropy: while training, nats per token.",
     ]
+    if any(one.teacher_tokens for one in methods):
+        notes.append("teacher tokens: response tokens that a dense target's teacher read; no part of the tokens.")
     if any(one.guide_gradient_share for one in methods):
         notes.append("guide gradient share: of the gradient norm, in steps with an injected rollout.")
     title = f"Cost of reaching step {methods[0].horizon}"

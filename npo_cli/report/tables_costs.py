@@ -9,7 +9,8 @@ from npo_cli.types.costs import ActivityCost, CostToThreshold
 def cost_to_threshold_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, ...]:
     """What every curve had cost at each threshold, and the ratio to the first curve on every axis.
 
-    Wall time is an axis where it is known, forward passes where they are more than tokens.
+    Wall time is an axis where it is known, forward passes where they are more than tokens. What a teacher read is shown
+    where there is one.
     """
     timed = any(one.total_seconds for one in costs)
     twice = any((one.total_forwards or 0) > (one.total_tokens or 0) for one in costs)
@@ -17,14 +18,19 @@ def cost_to_threshold_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, .
     totals = ("step", "total steps", "total tokens", *(f"total {axis}" for axis in more))
     ratios = ("by step", "by total steps", "by total tokens", *(f"by {COST_AXIS_NAMES[axis]}" for axis in more))
     baselines = _find_baselines(costs)
-    rows = tuple(_threshold_row(one, baseline=baselines.get(one.threshold), more=more) for one in costs)
+    taught = any(one.total_teacher_tokens for one in costs)
+    rows = tuple(
+        (*_threshold_row(one, baseline=baselines.get(one.threshold), more=more), *((_teacher_cell(one),) * taught))
+        for one in costs
+    )
     notes = (
         f"by ...: cost of {costs[0].name} divided by this cost; above 1 it is faster than {costs[0].name}.",
         "total: includes training of the guide, rolled-back steps, scoring, probes and guide samples.",
         *((BEST_HELD_NOTE,) * any(one.is_best_held for one in costs)),
         *((FORWARDS_NOTE,) * twice),
+        *((TEACHER_NOTE,) * taught),
     )
-    header = ("branch", "accuracy", *totals, *ratios)
+    header = ("branch", "accuracy", *totals, *ratios, *(("teacher tokens",) * taught))
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
 
@@ -58,6 +64,10 @@ FORWARDS_NOTE = (
     "forwards: of sampling only, with those of the older model of an extrapolated guide; passes that score or train on "
     "whole responses are not counted."
 )
+TEACHER_NOTE = (
+    "teacher tokens: response tokens that the teacher of a dense target read, in passes without gradient; no part of "
+    "the tokens."
+)
 COST_AXIS_NAMES = {"seconds": "wall time", "forwards": "forwards"}
 
 
@@ -77,6 +87,10 @@ def _spent(one: CostToThreshold, *, more: Sequence[str]) -> tuple[float | None, 
     return (one.step, one.total_steps, one.total_tokens, *(further[axis] for axis in more))
 
 
+def _teacher_cell(one: CostToThreshold) -> str:
+    return format_count(one.total_teacher_tokens or None)
+
+
 def _cost_cell(cost: float | None) -> str:
     """Counts whole, seconds to a tenth."""
     return f"{cost:,.1f}" if isinstance(cost, float) else format_count(cost, absent="not reached")
@@ -86,6 +100,7 @@ def costs_tables(activities: Sequence[ActivityCost]) -> tuple[Table, ...]:
     """Everything executed, by kind of work."""
     columns = (
         *(text_column("work", "activity"), count_column("steps"), count_column("tokens")),
+        *((count_column("teacher tokens", "teacher_tokens"),) * any(one.teacher_tokens for one in activities)),
         Column("seconds", lambda one: f"{one.seconds:,.1f}" if one.seconds else "-"),
     )
     return (build_table("Everything executed", activities, columns),)

@@ -33,6 +33,8 @@ class Cost:
     forwards: int = 0
     """Forward passes of sampling alone: no prefills, no passes that score or train on whole responses."""
     updates: int = 0
+    teacher_tokens: int = 0
+    """Response tokens that the teacher of a dense target read."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -41,6 +43,7 @@ class Cost:
             seconds=self.seconds + other.seconds,
             forwards=self.forwards + other.forwards,
             updates=self.updates + other.updates,
+            teacher_tokens=self.teacher_tokens + other.teacher_tokens,
         )
 
 
@@ -102,6 +105,7 @@ def read_cost_table(run: RunDir) -> CostTable:
             seconds=line.seconds,
             forwards=line.forwards,
             updates=line.updates,
+            teacher_tokens=line.teacher_tokens,
         )
         table.kinds[line.kind] = table.kinds.get(line.kind, ZERO_COST) + cost
         if line.artifact:
@@ -192,6 +196,7 @@ def learning_curve(run: RunDir, branch: str, *, name: str) -> list[CurvePoint]:
             total_tokens=cost.tokens,
             total_seconds=cost.seconds,
             total_forwards=cost.forwards,
+            total_teacher_tokens=cost.teacher_tokens,
             accuracy=report.accuracy,
             entropy=entropies[report.branch].get(step),
         )
@@ -244,6 +249,7 @@ def _cost_to_threshold(
         total_tokens=point.total_tokens,
         total_seconds=point.total_seconds,
         total_forwards=point.total_forwards,
+        total_teacher_tokens=point.total_teacher_tokens,
     )
 
 
@@ -335,6 +341,7 @@ def _line_points(run: RunDir, branch: str, *, name: str, last: int | None = None
             total_tokens=point.total_tokens,
             total_seconds=point.total_seconds,
             total_forwards=point.total_forwards,
+            total_teacher_tokens=point.total_teacher_tokens,
             accuracy=mean,
         )
 
@@ -358,6 +365,7 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
         seconds=sum(cost.seconds for cost in counted),
         unused_guides=tuple(unused),
         unused_guide_tokens=sum(cost.tokens for cost in unused.values()),
+        teacher_tokens=sum(cost.teacher_tokens for cost in counted),
         num_interventions=sum(move.event == "rolled_back" and not move.evidence.get("is_early") for move in moves),
         num_rejections=sum(move.event in REJECTIONS for move in moves),
     )
@@ -437,4 +445,6 @@ def costs_by_activity(run: RunDir, branch: str) -> Iterator[ActivityCost]:
 
 def _activity(label: str, cost: Cost, *, has_steps: bool) -> ActivityCost:
     steps = cost.steps if has_steps else None
-    return ActivityCost(activity=label, steps=steps, tokens=cost.tokens, seconds=cost.seconds)
+    return ActivityCost(
+        activity=label, steps=steps, tokens=cost.tokens, teacher_tokens=cost.teacher_tokens, seconds=cost.seconds
+    )

@@ -30,6 +30,8 @@ class SeedPoint:
     tokens: int
     forwards: int
     """Forward passes of sampling: one a token, and one more where an older copy reads it too."""
+    teacher_tokens: int = 0
+    """Response tokens that the teacher of a dense target read."""
     seconds: float | None
     """None where the wall clock of some step was not kept."""
     accuracy: float
@@ -89,6 +91,8 @@ class MethodSummary:
     """Mean cost by each axis of standing at the horizon."""
     run_tokens: float
     """Mean over the seeds of every token that the run generated, for this branch or any other."""
+    teacher_tokens: float = 0.0
+    """Mean over the seeds of the response tokens that a dense target's teacher had read at the horizon."""
     changed_settings: tuple[str, ...]
     """Settings in which the method differs from the baseline: `train.lr 0.0001 -> 0.0003`."""
     mismatched_settings: tuple[str, ...]

@@ -65,3 +65,15 @@ def test_best_held_rows_have_totals_and_no_ratio_by_step():
     ]
     (table,) = cost_to_threshold_tables(costs)
     assert table.rows[2] == ("NPO, best held", "0.60", "80", "80", "400", "-", "1.00x", "1.00x")
+
+
+def test_teacher_tokens_are_a_column_where_a_teacher_read():
+    crossings = [
+        CostToThreshold(name="GRPO", threshold=0.6, step=200, total_steps=200, total_tokens=400),
+        CostToThreshold(
+            name="dense", threshold=0.6, step=100, total_steps=250, total_tokens=500, total_teacher_tokens=1200
+        ),
+    ]
+    (table,) = cost_to_threshold_tables(crossings)
+    assert [(table.header[-1], row[-1]) for row in table.rows] == [("teacher tokens", "-"), ("teacher tokens", "1,200")]
+    assert "teacher tokens" not in cost_to_threshold_tables(crossings[:1])[0].header

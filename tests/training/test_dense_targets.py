@@ -13,9 +13,11 @@ from torch import Tensor
 from npo_cli.errors import NpoError
 from npo_cli.guides.dense_target import ActiveTarget, StepTarget, check_teacher, open_teacher
 from npo_cli.policy.model import Policy
+from npo_cli.report.tables_autonpo import account_tables
+from npo_cli.report.tables_costs import costs_tables
 from npo_cli.rollout.batch import GroupWithAdvantages, build_batch
 from npo_cli.session.session import Session
-from npo_cli.storage.cost_sums import cost_at
+from npo_cli.storage.cost_sums import compute_run_costs, cost_at, costs_by_activity
 from npo_cli.storage.costs import read_cost_lines
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import find_first_segment
@@ -302,6 +304,16 @@ def test_teacher_is_on_the_bill_and_protected(scout, tmp_path):
     assert scored == [report.metrics["target/tokens"] for report in reports]
     assert min(scored) > 0
     assert ("main", 4) in find_protected_checkpoints(run)
+    # Read by the teacher, and no part of the tokens.
+    costs = compute_run_costs(run, "dense")
+    assert costs.teacher_tokens == cost_at(run, "dense", 4).teacher_tokens == sum(scored)
+    spent = {one.activity: one.teacher_tokens for one in costs_by_activity(run, "dense")}
+    assert spent["training, line of dense"] == spent["total"] == sum(scored)
+    (account,) = account_tables([costs])
+    assert ("read by the teacher", f"{int(sum(scored)):,}") in account.rows
+    (activities,) = costs_tables(list(costs_by_activity(run, "dense")))
+    assert "teacher tokens" in activities.header
+    assert "teacher tokens" not in costs_tables(list(costs_by_activity(open_run(scout), "main")))[0].header
 
 
 # Refusals
@@ -338,7 +350,8 @@ def test_target_settings_are_refused(overrides, message):
         ("checkpoint:4", "a run begins without checkpoints of its own"),
         ("base", "a run begins without checkpoints of its own"),
         ("past", "source past has no distribution per token"),
-        ("extrapolated:logits,k=2,a=1", "source extrapolated has no distribution per token"),
+        ("extrapolated:logits,k=2,a=1", "a run begins without checkpoints of its own"),
+        ("file:traces.jsonl", "source file has no distribution per token"),
         ("run:RUN", "without a step it would change"),
         ("run:RUN@3", "step 3"),
         ("run:nowhere@3", "there is no run directory"),
