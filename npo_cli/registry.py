@@ -175,6 +175,7 @@ MIX_STRATEGIES = Registry(
     built_in={
         "replace": "npo_cli.rollout.mixing:ReplaceLastSlots",
         "append": "npo_cli.rollout.mixing:AppendSlots",
+        "none": "npo_cli.rollout.mixing:NoSlots",
     },
 )
 IMPORTANCE_RATIOS = Registry(

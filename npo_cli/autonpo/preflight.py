@@ -31,6 +31,11 @@ def validate_autonpo_settings(recipe: Recipe, num_prompts: int) -> None:
             f"target.kind={recipe.target.kind} is not available with AutoNPO, whose rollbacks use guide caches",
             "target.kind=none, or fork by hand: npo resume RUN --at STEP --no-guide",
         )
+    if recipe.train.objective != "rl":
+        raise NpoError(
+            f"train.objective={recipe.train.objective} is not available with AutoNPO, which reads rewards of rollouts",
+            "train.objective=rl",
+        )
     validate_distances(recipe)
     validate_trigger(recipe)
     validate_pool_and_probe(recipe)

@@ -23,8 +23,8 @@ class InjectSettings(Settings):
     slots: Count = Field(1, description="Number of slots per group for guide responses.")
     mode: Annotated[str, AfterValidator(MIX_STRATEGIES.check)] = Field(
         "replace",
-        description="Guide responses `replace` on-policy rollouts of the group, or are added to them (`append`); or "
-        "one from a plug-in.",
+        description="Guide responses `replace` on-policy rollouts of the group, are added to them (`append`), or take "
+        "no slots (`none`; for target.privileged=response); or one from a plug-in.",
     )
     baseline: Literal["all", "on_policy"] = Field(
         "all",

@@ -40,6 +40,7 @@ QUESTIONS = applies_when({"task.source": ["file", "custom", "verifiers", "reason
 CUSTOM = applies_when({"task.source": ["custom"]})
 ENVIRONMENT = applies_when({"task.source": ["verifiers"]})
 CLIPPED = applies_when({"loss.kind": ["grpo", "gspo", "gspo_token"]})
+WITH_ENTROPY_TARGET = applies_when({"loss.entropy_target": IS_SET})
 BUNDLED_MODELS = ("micro-base", "smollm2-135m")
 """Names that `model.path` may have besides folders and hub ids."""
 
@@ -293,6 +294,12 @@ class TrainSettings(Settings):
         16, description="Number of prompts (groups) per step.", json_schema_extra=MUST_MATCH
     )
     group_size: int = Field(8, ge=2, description="Number of rollouts per prompt.", json_schema_extra=MUST_MATCH)
+    objective: Literal["rl", "sft"] = Field(
+        "rl",
+        description="What a step does: sample rollouts and reinforce them (`rl`), or sample nothing and raise the "
+        "likelihood of the guide cache's correct responses to its prompts (`sft`; needs --guide NAME).",
+        json_schema_extra=FORK_TRAINING,
+    )
     num_updates: Count = Field(1, description="Number of optimizer updates (mini-batches) per step.")
     staleness: int = Field(
         0,
@@ -419,7 +426,24 @@ class LossSettings(Settings):
         json_schema_extra=applies_when({"loss.kind": ["cispo"]}),
     )
     kl_coef: float = Field(0.0, ge=0, description="Coefficient of the KL penalty (k3) to the base model.")
-    entropy_coef: float = Field(0.0, ge=0, description="Coefficient of the entropy bonus.")
+    entropy_coef: float = Field(
+        0.0, ge=0, description="Coefficient of the entropy bonus; with entropy_target that of the first step."
+    )
+    entropy_target: float | None = Field(
+        None,
+        gt=0,
+        description="Entropy per token (nats) at or below which the bonus is applied; its coefficient then rises from "
+        "step to step, and falls while the entropy is higher (null: a constant coefficient, always applied).",
+    )
+    entropy_coef_delta: float = Field(
+        0.005,
+        gt=0,
+        description="entropy_target: change of the coefficient per step.",
+        json_schema_extra=WITH_ENTROPY_TARGET,
+    )
+    entropy_coef_max: float = Field(
+        1.0, gt=0, description="entropy_target: largest coefficient.", json_schema_extra=WITH_ENTROPY_TARGET
+    )
 
     @model_validator(mode="after")
     def _delta_above_clip(self) -> "LossSettings":
@@ -569,6 +593,22 @@ class Recipe(Settings):
             raise ValueError(f"guide.inject.ratio_shaping=soft needs loss.kind=grpo, got {self.loss.kind}")
         return self
 
+    @model_validator(mode="after")
+    def _fine_tuning_fits(self) -> "Recipe":
+        if self.train.objective != "sft":
+            return self
+        reasons = {
+            "a dense target (target.kind)": self.has_target,
+            "train.staleness above 0": bool(self.train.staleness),
+            "sampling.dynamic=true": self.sampling.dynamic,
+            "guide.experience.replay_fraction": bool(self.guide.experience.replay_fraction),
+            "guide.source=extrapolated": self.uses_extrapolation,
+        }
+        for name, is_set in reasons.items():
+            if is_set:
+                raise ValueError(f"train.objective=sft samples no rollouts: it is not available with {name}")
+        return self
+
     @property
     def has_target(self) -> bool:
         """Whether a teacher's probabilities take part in the loss."""
@@ -584,6 +624,10 @@ class Recipe(Settings):
             "guide.experience.replay_fraction": bool(self.guide.experience.replay_fraction),
             "guide.source=extrapolated": self.uses_extrapolation,
         }
+        if self.target.is_self_taught and self.train.num_updates > 1:
+            raise ValueError(
+                "target.teacher=policy has the weights of the start of the step: it needs train.num_updates=1"
+            )
         for name, is_set in reasons.items():
             if is_set:
                 raise ValueError(f"{kind} is not available with {name}")

@@ -5,13 +5,15 @@ See `docs/explanation/dense-targets.md`.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
-from npo_cli.config.base import FORK_TRAINING, Count, Settings, applies_when
+from npo_cli.config.base import FORK_TRAINING, IS_SET, Count, Settings, applies_when
 from npo_cli.registry import GUIDE_SOURCES, TARGETS
 
 DISTRIBUTION = applies_when({"target.kind": ["distribution"]})
 ALWAYS = applies_when({})
+OWN_POLICY = "policy"
+"""The value of `target.teacher` that is no guide source."""
 
 
 def name_of_source(spec: str) -> str:
@@ -35,8 +37,34 @@ class TargetSettings(Settings):
     )
     teacher: str | None = Field(
         None,
-        description="Guide source SPEC of the teacher: checkpoint:STEP, earlier:STEP, base or self of the line that "
-        "the branch was forked from, run:DIR@STEP, or model:FOLDER_OR_ID with the policy's tokenizer.",
+        description="Guide source SPEC of the teacher: checkpoint:STEP, earlier:STEP, base, self or "
+        "extrapolated:SPACE,k=K,a=A of the line that the branch was forked from; run:DIR@STEP, model:FOLDER_OR_ID, or "
+        "endpoint:URL#MODEL of a vLLM server, with the policy's tokenizer; or `policy`, the policy itself at each "
+        "step, with `privileged` or `temperature`.",
+    )
+    privileged: str | None = Field(
+        None,
+        description="What the teacher is shown beside the prompt, and the policy is not: `response`, a verified "
+        "response of the guide cache (--guide NAME); `answer`, the reference answer; or another column of the data "
+        "(null: nothing).",
+    )
+    template: str = Field(
+        "{prompt}\n\nA correct solution:\n{privileged}\n\nNow solve it yourself.",
+        description="privileged: what the teacher reads in the prompt's place, of chat messages in that of the last "
+        "one.",
+        json_schema_extra=ALWAYS,
+    )
+    unfilled: Literal["skip", "plain"] = Field(
+        "skip",
+        description="privileged: responses to prompts without such a text have no target (`skip`), or the teacher "
+        "reads the prompt alone (`plain`).",
+        json_schema_extra=applies_when({"target.privileged": IS_SET}),
+    )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="Temperature of the teacher's probabilities (null: sampling.temperature). A higher one makes them "
+        "flatter than the teacher samples.",
     )
     weight: float = Field(
         1.0,
@@ -86,13 +114,25 @@ class TargetSettings(Settings):
         json_schema_extra=applies_when({"target.kind": ["token_weight"]}),
     )
 
+    @field_validator("template")
+    @classmethod
+    def _has_both_places(cls, template: str) -> str:
+        missing = [name for name in ("{prompt}", "{privileged}") if name not in template]
+        if missing:
+            raise ValueError(f"target.template has no {missing[0]}")
+        return template
+
     @model_validator(mode="after")
     def _fits(self) -> "TargetSettings":
         if self.kind == "none":
             return self
         if self.teacher is None:
             raise ValueError(f"target.kind={self.kind} needs a teacher: set target.teacher=SPEC")
-        if name_of_source(self.teacher) not in GUIDE_SOURCES.names():
+        if self.is_self_taught and self.privileged is None and self.temperature is None:
+            raise ValueError(
+                "target.teacher=policy teaches the policy what it knows: set target.privileged or target.temperature"
+            )
+        if not self.is_self_taught and name_of_source(self.teacher) not in GUIDE_SOURCES.names():
             known = GUIDE_SOURCES.suggest(name_of_source(self.teacher))
             raise ValueError(f"target.teacher={self.teacher[:60]} is not a known guide source: {known}")
         if self.schedule == "linear" and self.num_steps is None:
@@ -100,6 +140,16 @@ class TargetSettings(Settings):
         if self.kind == "token_weight" and self.weight > 1:
             raise ValueError(f"target.weight must be at most 1 with target.kind=token_weight, got {self.weight:g}")
         return self
+
+    @property
+    def is_self_taught(self) -> bool:
+        """Whether the teacher is the policy itself, with the weights of each update."""
+        return self.teacher == OWN_POLICY
+
+    @property
+    def shows_response(self) -> bool:
+        """Whether the teacher is shown a response of a guide cache."""
+        return self.privileged == "response"
 
     def coefficient_at(self, step: int, *, start_step: int) -> float | None:
         """`weight` by the schedule at a training step; None outside the window (start_step, start_step + num_steps].

@@ -20,6 +20,7 @@ from npo_cli.types.rollouts import Group, Prompt, Rollout
 if TYPE_CHECKING:
     from npo_cli.config.guides import GuideSettings
     from npo_cli.config.recipe import Recipe
+    from npo_cli.guides.dense_target import TeacherModel
     from npo_cli.policy.extrapolated import ExtrapolatedPolicy
     from npo_cli.policy.model import Policy
     from npo_cli.session.learner import Learner
@@ -192,7 +193,7 @@ class GuideSource(ABC):
         """Mean log-probability per token (nats) of each response under the learner."""
         return compute_mean_logprobs(self.session, pairs)
 
-    def load_teacher(self) -> Policy:
+    def load_teacher(self) -> TeacherModel:
         """The model itself, if it `has_distribution`, without a session: the teacher of a dense target."""
         raise NotImplementedError(f"{self.name} has no distribution per token")
 

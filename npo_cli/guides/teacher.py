@@ -1,4 +1,4 @@
-"""The teacher of a dense target as a guide source: found and checked, not loaded.
+"""The teacher of a dense target as a guide source: found and checked, not loaded. The policy itself is none.
 
 Which checkpoint it is follows from the recipe and from where the branch was forked, so a run that is resumed has the
 same teacher.
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from npo_cli.config.recipe import Recipe
+from npo_cli.config.target import OWN_POLICY
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec, parse_spec
 from npo_cli.registry import GUIDE_SOURCES
@@ -29,7 +30,7 @@ def find_teacher(run: RunDir, recipe: Recipe, *, parent: str | None, fork_step: 
         if not kind.has_distribution:
             raise NpoError(
                 f"source {spec.name} has no distribution per token",
-                "use checkpoint:STEP, run:DIR@STEP or model:FOLDER_OR_ID",
+                "use checkpoint:STEP, run:DIR@STEP, model:FOLDER_OR_ID or policy",
             )
         if kind.is_of_run and parent is None:
             raise NpoError(
@@ -44,6 +45,15 @@ def find_teacher(run: RunDir, recipe: Recipe, *, parent: str | None, fork_step: 
         return create_source(spec, ReplayTarget(run=run, learner=learner))
 
 
+def find_teacher_step(run: RunDir, recipe: Recipe, *, parent: str, fork_step: int) -> int | None:
+    """Step of the checkpoint on the parent's line that the teacher needs besides the fork's; None if it needs none. Of
+    an extrapolated policy that is the older copy."""
+    if not recipe.has_target or recipe.target.is_self_taught:
+        return None
+    source = find_teacher(run, recipe, parent=parent, fork_step=fork_step)
+    return source.older_step if source.guide_step is None else source.guide_step
+
+
 @contextmanager
 def named_in_errors(spec: str) -> Iterator[None]:
     """Errors of the block begin with the setting."""
@@ -55,10 +65,12 @@ def named_in_errors(spec: str) -> Iterator[None]:
 
 def make_teacher_absolute(text: str) -> str:
     """The SPEC with an absolute path of its run or model folder, so that the run can be resumed from any folder."""
+    if text == OWN_POLICY:
+        return text
     spec = parse_spec(text)
     paths = {
         name: str(Path(str(spec.options[name])).expanduser().absolute())
-        for name in ("dir", "model")
-        if name in spec.options and Path(str(spec.options[name])).expanduser().is_dir()
+        for name in {"run": ("dir",), "model": ("model",)}.get(spec.name, ())
+        if Path(str(spec.options[name])).expanduser().is_dir()
     }
     return make_spec(spec.name, {**spec.options, **paths}).text if paths else text

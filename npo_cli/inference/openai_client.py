@@ -1,7 +1,8 @@
-"""Client of an OpenAI-compatible server (vLLM, SGLang, llama.cpp, Ollama, ...), for external guide models.
+"""Client of an OpenAI-compatible server (vLLM, SGLang, llama.cpp, Ollama, ...), for external guide models and teachers.
 
-Not an `Engine`: the server has its own weights, and its log-probabilities are not used. One request is one sample with
-its own seed, because many such servers ignore the parameter `n`.
+Not an `Engine`: the server has its own weights. Of sampled text its log-probabilities are not used; those of given
+token ids, which vLLM returns, are what a dense target's teacher says. One request is one sample with its own seed,
+because many such servers ignore the parameter `n`.
 
 Requests run in one event loop instead of threads: a deadline or Ctrl-C cancels them wherever they wait, while a thread
 that waits in `recv` cannot be stopped, and Python joins it before it exits.
@@ -9,10 +10,12 @@ that waits in `recv` cannot be stopped, and Python joins it before it exits.
 
 import asyncio
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,6 +25,7 @@ from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.types.rollouts import Prompt
 
+Answer = TypeVar("Answer")
 RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 NO_MODEL_LIST_STATUS_CODES = frozenset({404, 405, 501})
 """Statuses of servers that do not list their models."""
@@ -55,6 +59,18 @@ class TextCompletion:
     """Ended by the model, not by the length limit."""
     num_tokens: int | None
     """As counted by the server; None if it does not report it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredToken:
+    """A token of a given text under the server's model."""
+
+    logp: float
+    """Of the token itself, in nats at temperature 1."""
+    text: str | None
+    """As the server decodes it; None if it does not."""
+    top: Mapping[int, float]
+    """Log-probabilities of the most probable tokens at this position by id, the highest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,19 +136,44 @@ class OpenAIClient:
         """One completion per request, in order. The first failure cancels the rest."""
         return asyncio.run(self._complete_all(requests))
 
+    def score(self, texts: Sequence[tuple[int, ...]], *, top_k: int) -> list[list[ScoredToken]]:
+        """Each token of the texts, which are token ids, with the `top_k` most probable ones at its position. The first
+        token, which nothing predicts, has log-probability 0 and none.
+
+        This is vLLM's `prompt_logprobs`; each rank may ask for texts of its own.
+        """
+        return asyncio.run(self._gather([partial(self._score, ids=ids, top_k=top_k) for ids in texts]))
+
+    async def _score(self, http: httpx.AsyncClient, *, ids: tuple[int, ...], top_k: int) -> list[ScoredToken]:
+        body = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
+        found = await self._request(http, "completions", body=body)
+        try:
+            _, *rows = found["choices"][0]["prompt_logprobs"]
+            scored = [_parse_scored_token(row, token_id, top_k) for row, token_id in zip(rows, ids[1:], strict=True)]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise RunFailed(
+                f"{self.url}/completions: the response has no prompt_logprobs of its {len(ids)} tokens",
+                "serve the teacher with vLLM, whose completions have them",
+            ) from error
+        return [ScoredToken(logp=0.0, text=None, top={}), *scored]
+
     async def _get_models(self) -> Any:
         async with self._open() as http:
             return await self._request(http, "models")
 
     async def _complete_all(self, requests: Sequence[TextRequest]) -> list[TextCompletion]:
+        return await self._gather([partial(self._complete, request=request) for request in requests])
+
+    async def _gather(self, calls: Sequence[Callable[[httpx.AsyncClient], Awaitable[Answer]]]) -> list[Answer]:
+        """The answers in order, `concurrency` requests at a time."""
         slots = asyncio.Semaphore(self.limits.concurrency)
 
-        async def complete(http: httpx.AsyncClient, request: TextRequest) -> TextCompletion:
+        async def run(http: httpx.AsyncClient, call: Callable[[httpx.AsyncClient], Awaitable[Answer]]) -> Answer:
             async with slots:
-                return await self._complete(http, request)
+                return await call(http)
 
         async with self._open() as http:
-            tasks = [asyncio.create_task(complete(http, request)) for request in requests]
+            tasks = [asyncio.create_task(run(http, call)) for call in calls]
             try:
                 return await asyncio.gather(*tasks)
             finally:
@@ -228,6 +269,16 @@ class OpenAIClient:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
             raise RunFailed(f"{url}: the response is not JSON", RETRY_HINT) from error
+
+
+def _parse_scored_token(row: Mapping[str, Any], token_id: int, top_k: int) -> ScoredToken:
+    """From `{id: {logprob, decoded_token}}`, which has the token itself besides the most probable ones."""
+    logps = {int(name): float(each["logprob"]) for name, each in row.items()}
+    if not all(map(math.isfinite, logps.values())):
+        raise ValueError("a log-probability is not a finite number")
+    order = sorted(logps, key=lambda name: (-logps[name], name))[:top_k]
+    text = row[str(token_id)].get("decoded_token")
+    return ScoredToken(logp=logps[token_id], text=text, top={name: logps[name] for name in order})
 
 
 def validate_url(text: str) -> str:

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+TINY = 1e-12
+"""Probability of all other tokens where the K most probable ones have all of it, up to rounding."""
 DivergenceName = Literal["forward", "reverse", "js"]
 
 
@@ -56,6 +58,14 @@ def token_divergence(
         return DIVERGENCES[name](torch.log_softmax(teacher_UW, dim=-1), torch.log_softmax(policy_UW, dim=-1))
     top_UK = teacher_UW.topk(top_k, dim=-1).indices
     return DIVERGENCES[name](_in_buckets(teacher_UW, top_UK), _in_buckets(policy_UW, top_UK))
+
+
+def top_token_divergence(
+    ids_UK: Tensor, teacher_UK: Tensor, policy_logits_UW: Tensor, *, name: DivergenceName
+) -> Tensor:
+    """The same from log-probabilities of the teacher's K most probable tokens alone; all others have the rest to 1."""
+    rest_U1 = (-teacher_UK.logsumexp(-1, keepdim=True).expm1()).clamp(min=TINY).log()
+    return DIVERGENCES[name](torch.cat([teacher_UK, rest_U1], dim=-1), _in_buckets(policy_logits_UW, ids_UK))
 
 
 def _in_buckets(logits_UW: Tensor, top_UK: Tensor) -> Tensor:

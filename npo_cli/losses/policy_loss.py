@@ -281,6 +281,27 @@ def make_policy_loss(
     return policy_loss
 
 
+def make_sft_loss(loss: LossSettings) -> PolicyLoss:
+    """Negative log-likelihood of the trained tokens, aggregated like a policy loss: supervised fine-tuning.
+
+    Advantages, ratios, clipping and the loss terms do not apply.
+    """
+
+    def sft_loss(
+        logps_NT: Tensor,
+        inputs: LossInputs,
+        *,
+        divisors: Divisors,
+        ref_logps_NT: Tensor | None = None,
+        entropies_NT: Tensor | None = None,
+        target: TargetInputs | None = None,
+    ) -> tuple[Tensor, LossStats]:
+        value = aggregate(-logps_NT, inputs.mask_NT, how=loss.aggregation, divisors=divisors)
+        return value, LossStats()
+
+    return sft_loss
+
+
 def compute_columns(
     logps_NT: Tensor,
     inputs: LossInputs,

@@ -110,15 +110,21 @@ class _Footprint:
     def add_teacher(self) -> None:
         """The frozen model of a dense target, taken to be of the policy's size, and its logits of a chunk.
 
-        Adapters share the policy's base, unless that is sharded.
+        Adapters share the policy's base, unless that is sharded. Extrapolated logits have two models; the policy that
+        teaches itself and a server have none.
         """
+        target = self.recipe.target
         if not self.recipe.has_target:
             return
         shape, train = self.shape, self.recipe.train
-        if shape.num_lora_params and self.num_gpus == 1:
-            self.add_sharded("always", "teacher's adapters", shape.num_lora_params, FLOAT_BYTES)
+        num_models = 2 if (target.teacher or "").startswith("extrapolated:logits") else 1
+        if target.is_self_taught or (target.teacher or "").startswith("endpoint:"):
+            pass
+        elif shape.num_lora_params and self.num_gpus == 1:
+            self.add_sharded("always", "teacher's adapters", num_models * shape.num_lora_params, FLOAT_BYTES)
         else:
-            self.add_sharded("always", "teacher of the dense target", shape.num_params, self.weight_bytes)
+            count = num_models * shape.num_params
+            self.add_sharded("always", "teacher of the dense target", count, self.weight_bytes)
         chunk = min(train.logit_chunk_tokens, max(train.micro_batch_tokens, self.row_tokens))
         formula = f"{chunk:,} tokens x {shape.vocab_size:,} x {CHUNK_COPIES * FLOAT_BYTES} B"
         num_bytes = chunk * shape.vocab_size * CHUNK_COPIES * FLOAT_BYTES

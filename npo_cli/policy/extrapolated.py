@@ -21,13 +21,11 @@ from npo_cli.policy.logprobs import (
     Head,
     TokenScores,
     mixed_precision,
-    response_hidden,
     score_in_chunks,
-    suppress_tokens,
 )
 from npo_cli.policy.lora import ADAPTER_NAME, PEFT_PREFIX, is_lora_A, read_fitting_adapters
 from npo_cli.policy.model import Policy
-from npo_cli.policy.packing import PackingCosts, TokenRow
+from npo_cli.policy.packing import PackedRows, PackingCosts, TokenRow
 from npo_cli.policy.weights_io import read_fitting_weights, tied_names
 from npo_cli.types.rollouts import Prompt
 
@@ -54,6 +52,16 @@ class ExtrapolatedPolicy:
         """Token ids of a prompt and a response; both models have the same tokenizer."""
         return self.newer.row(prompt, response_ids)
 
+    def pack(self, rows: Sequence[TokenRow], pack_sizes: Sequence[int] | None) -> PackedRows:
+        """As of both models."""
+        return self.newer.pack(rows, pack_sizes)
+
+    def compute_hidden(self, packed: PackedRows) -> tuple[Tensor, Head]:
+        """The hidden states of both, the newer ones first, and the head from them to extrapolated logits."""
+        (new_UH, new_head), (old_UH, old_head) = (each.compute_hidden(packed) for each in (self.newer, self.older))
+        head = _extrapolated_head(new_head, old_head, strength=self.strength, width=new_UH.shape[1])
+        return torch.cat([new_UH, old_UH], dim=1), head
+
     @torch.no_grad()
     def score(
         self,
@@ -65,15 +73,9 @@ class ExtrapolatedPolicy:
         pack_sizes: Sequence[int] | None = None,
     ) -> TokenScores:
         """Score responses under the extrapolated policy, as `Policy.score`; logits exist for one chunk at a time."""
-        newer = self.newer
-        packed = newer.pack(rows, pack_sizes)
-        with mixed_precision(newer.model, newer.compute_dtype):
-            (new_UH, new_head), (old_UH, old_head) = (
-                response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (newer, self.older)
-            )
-            joined_UX = torch.cat([new_UH, old_UH], dim=1)
-            head = _extrapolated_head(new_head, old_head, strength=self.strength, width=new_UH.shape[1])
-            head = suppress_tokens(head, packed.suppressed_ids)
+        packed = self.pack(rows, pack_sizes)
+        with mixed_precision(self.newer.model, self.newer.compute_dtype):
+            joined_UX, head = self.compute_hidden(packed)
             return score_in_chunks(
                 joined_UX, packed, head, chunk_tokens=chunk_tokens, temperature=temperature, columns=columns
             )
@@ -92,19 +94,27 @@ def _extrapolated_head(new: Head, old: Head, *, strength: float, width: int) -> 
 @contextmanager
 def extrapolate_weights(policy: Policy, folder: Path, *, strength: float) -> Iterator[None]:
     """Extrapolate the policy's weights away from those of a checkpoint; afterwards they are restored bit for bit."""
-    extrapolate = _extrapolate_all if policy.adapters is None else _extrapolate_adapters
-    extrapolated = extrapolate(policy, folder, strength)
-    parameters = _own_tensors(policy)
-    original = {name: parameters[name].data for name in extrapolated}
+    original = replace_by_extrapolated(policy, folder, strength=strength)
     try:
-        for name, tensor in extrapolated.items():
-            parameters[name].data = tensor
-        policy.mark_weights_changed()
         yield
     finally:
-        for name, tensor in original.items():
-            parameters[name].data = tensor
-        policy.mark_weights_changed()
+        _set_tensors(policy, original)
+
+
+def replace_by_extrapolated(policy: Policy, folder: Path, *, strength: float) -> dict[str, Tensor]:
+    """Extrapolate the policy's weights for good; returns the tensors that were replaced."""
+    extrapolate = _extrapolate_all if policy.adapters is None else _extrapolate_adapters
+    return _set_tensors(policy, extrapolate(policy, folder, strength))
+
+
+def _set_tensors(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put these in the place of the policy's own, which are returned."""
+    parameters = _own_tensors(policy)
+    before = {name: parameters[name].data for name in tensors}
+    for name, tensor in tensors.items():
+        parameters[name].data = tensor
+    policy.mark_weights_changed()
+    return before
 
 
 def _own_tensors(policy: Policy) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from npo_cli.config.recipe import DistributedSettings
 from npo_cli.distributed.process_group import current_group
-from npo_cli.policy.logprobs import Column, Head, TeacherStates, TokenScores, response_hidden, token_scores
+from npo_cli.policy.logprobs import Column, Head, Teacher, TokenScores, response_hidden, token_scores
 from npo_cli.policy.lora import AdapterInfo, adapter_tensors, base_tensors, read_fitting_adapters
 from npo_cli.policy.packing import PackedRows
 from npo_cli.policy.weights_io import read_fitting_weights, tied_names
@@ -104,7 +104,7 @@ class ShardingContext:
         chunk_tokens: int,
         plain_head: bool,
         columns: Collection[Column] = (),
-        teacher: TeacherStates | None = None,
+        teacher: Teacher | None = None,
     ) -> TokenScores:
         """`logprobs.token_scores` with the weights gathered around it."""
         options = {"temperature": temperature, "chunk_tokens": chunk_tokens, "plain_head": plain_head}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from npo_cli.losses.divergence import DivergenceName, token_divergence
+from npo_cli.losses.divergence import DivergenceName, token_divergence, top_token_divergence
 from npo_cli.policy.packing import PackedRows
 
 HEAD_TEST_SCALE = 1000.0
@@ -47,9 +47,41 @@ class TeacherStates:
 
     hidden_UH: Tensor
     head: Head
+    temperature: float
+    """Of the teacher's distributions."""
     divergence: DivergenceName
     top_k: int | None
     """As in `target.top_k`."""
+
+    def part(self, start: int, end: int) -> "TeacherStates":
+        """Of these positions."""
+        return replace(self, hidden_UH=self.hidden_UH[start:end])
+
+    def compare(self, logits_UW: Tensor) -> Tensor:
+        """Divergence of the policy's distributions, of these logits at its temperature, `(U,)`."""
+        with torch.no_grad():
+            teacher_UW = _logits(self.head, self.hidden_UH, self.temperature)
+        return token_divergence(teacher_UW, logits_UW, name=self.divergence, top_k=self.top_k)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopTokens:
+    """A teacher of which only the most probable tokens are known, at the positions of a forward pass."""
+
+    ids_UK: Tensor
+    logps_UK: Tensor
+    divergence: DivergenceName
+
+    def part(self, start: int, end: int) -> "TopTokens":
+        """Of these positions."""
+        return replace(self, ids_UK=self.ids_UK[start:end], logps_UK=self.logps_UK[start:end])
+
+    def compare(self, logits_UW: Tensor) -> Tensor:
+        """As of `TeacherStates`."""
+        return top_token_divergence(self.ids_UK, self.logps_UK, logits_UW, name=self.divergence)
+
+
+Teacher = TeacherStates | TopTokens
 
 
 class SelectedLogps(torch.autograd.Function):
@@ -82,7 +114,7 @@ def chunk_scores(
     *,
     temperature: float,
     columns: Collection[Column] = (),
-    teacher: TeacherStates | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, Tensor]:
     """Log-probabilities of the targets and the requested columns, each `(M,)`, at `temperature`.
 
@@ -94,10 +126,7 @@ def chunk_scores(
         return {"logps": SelectedLogps.apply(logits_UW, unit_M, target_M)}
     found = {}
     if teacher is not None:
-        with torch.no_grad():
-            teacher_UW = _logits(teacher.head, teacher.hidden_UH, temperature)
-        divergence_U = token_divergence(teacher_UW, logits_UW, name=teacher.divergence, top_k=teacher.top_k)
-        found["divergences"] = divergence_U[unit_M]
+        found["divergences"] = teacher.compare(logits_UW)[unit_M]
     if not columns:
         return found | {"logps": SelectedLogps.apply(logits_UW, unit_M, target_M)}
     logps_UW = torch.log_softmax(logits_UW, dim=-1)
@@ -154,7 +183,7 @@ def token_scores(
     chunk_tokens: int,
     plain_head: bool,
     columns: Collection[Column] = (),
-    teacher: TeacherStates | None = None,
+    teacher: Teacher | None = None,
 ) -> TokenScores:
     """Score the packed responses; differentiable if gradients are on."""
     hidden_UH, head = response_hidden(model, packed, plain_head=plain_head)
@@ -169,7 +198,7 @@ def score_in_chunks(
     head: Head,
     *,
     chunk_tokens: int,
-    teacher: TeacherStates | None = None,
+    teacher: Teacher | None = None,
     **options: Any,
 ) -> TokenScores:
     """Scores from hidden states, `chunk_tokens` positions at a time; `options` are those of `chunk_scores`.
@@ -184,7 +213,7 @@ def score_in_chunks(
         tokens = slice(firsts[start], firsts[end])
         inputs = (hidden_UH[start:end], packed.unit_M[tokens] - start, packed.target_M[tokens], head)
         if teacher is not None:
-            options["teacher"] = replace(teacher, hidden_UH=teacher.hidden_UH[start:end])
+            options["teacher"] = teacher.part(start, end)
         if torch.is_grad_enabled() and end < num_units:
             chunks.append(checkpoint(chunk_scores, *inputs, **options, use_reentrant=False))
         else:

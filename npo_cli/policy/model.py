@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from npo_cli.policy.fsdp import ShardingContext
 from npo_cli.policy.gguf import load_packaged, load_packaged_tokenizer
 from npo_cli.policy.logprobs import (
     Column,
+    Head,
+    Teacher,
     TeacherStates,
     TokenScores,
     has_plain_head,
@@ -231,6 +234,13 @@ class Policy:
         )
         return packed if self.vision is None else self.vision.attach_images(packed, rows)
 
+    def compute_hidden(self, packed: PackedRows) -> tuple[Tensor, Head]:
+        """Hidden states `(U, H)` at the positions that predict response tokens, and the head from them to logits."""
+        states = response_hidden if self.sharding is None else self.sharding.response_hidden
+        with mixed_precision(self.model, self.compute_dtype):
+            hidden_UH, head = states(self.model, packed, plain_head=self.plain_head)
+        return hidden_UH, suppress_tokens(head, packed.suppressed_ids)
+
     def score(
         self,
         rows: Sequence[TokenRow],
@@ -239,7 +249,7 @@ class Policy:
         chunk_tokens: int,
         columns: Collection[Column] = (),
         pack_sizes: Sequence[int] | None = None,
-        distillation: "Distillation | None" = None,
+        distillation: "TeacherComparison | None" = None,
     ) -> TokenScores:
         """Log-probabilities of responses, and the requested columns; differentiable if gradients are on.
 
@@ -247,7 +257,9 @@ class Policy:
         divergences from its teacher.
         """
         packed = self.pack(rows, pack_sizes)
-        teacher = None if distillation is None else distillation.compute_states(packed)
+        teacher = None
+        if distillation is not None:
+            teacher = distillation.compute_states(rows, pack_sizes, packed, temperature=temperature)
         scores = token_scores if self.sharding is None else self.sharding.token_scores
         without_adapters = disable_adapters(self.model) if self.is_base_only else nullcontext()
         precision = mixed_precision(self.model, self.compute_dtype)
@@ -263,24 +275,52 @@ class Policy:
             )
 
 
+class TeacherComparison(Protocol):
+    """What compares the policy with a teacher."""
+
+    def compute_states(
+        self, rows: Sequence[TokenRow], pack_sizes: Sequence[int] | None, packed: PackedRows, *, temperature: float
+    ) -> Teacher:
+        """The teacher at the positions of the policy's packed rows; `temperature`: the policy's."""
+
+
+class DistributionModel(Protocol):
+    """A model with a distribution at each position."""
+
+    def pack(self, rows: Sequence[TokenRow], pack_sizes: Sequence[int] | None) -> PackedRows:
+        """As `Policy.pack`."""
+
+    def compute_hidden(self, packed: PackedRows) -> tuple[Tensor, Head]:
+        """As `Policy.compute_hidden`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distillation:
-    """A frozen teacher whose distributions are compared with those of the policy that is scored."""
+    """A teacher whose distributions are compared with those of the policy that is scored; it gets no gradient."""
 
-    teacher: Policy
+    teacher: DistributionModel
     divergence: DivergenceName
     top_k: int | None
     """As in `target.top_k`."""
+    temperature: float | None = None
+    """Of the teacher's distributions; None: the policy's."""
 
     @torch.no_grad()
-    def compute_states(self, packed: PackedRows) -> TeacherStates:
-        """One pass of the teacher over the policy's packed rows."""
-        teacher = self.teacher
-        states = response_hidden if teacher.sharding is None else teacher.sharding.response_hidden
-        with mixed_precision(teacher.model, teacher.compute_dtype):
-            hidden_UH, head = states(teacher.model, packed, plain_head=teacher.plain_head)
-        head = suppress_tokens(head, packed.suppressed_ids)
-        return TeacherStates(hidden_UH=hidden_UH, head=head, divergence=self.divergence, top_k=self.top_k)
+    def compute_states(
+        self, rows: Sequence[TokenRow], pack_sizes: Sequence[int] | None, packed: PackedRows, *, temperature: float
+    ) -> TeacherStates:
+        """One pass of the teacher over the policy's rows, which are `packed`, or over the same responses after prompts
+        of its own. Either way position u predicts the same response tokens: prompts are shared by the same rows."""
+        if any(row.privileged_ids is not None for row in rows):
+            packed = self.teacher.pack([row.as_teacher_reads for row in rows], pack_sizes)
+        hidden_UH, head = self.teacher.compute_hidden(packed)
+        return TeacherStates(
+            hidden_UH=hidden_UH,
+            head=head,
+            temperature=temperature if self.temperature is None else self.temperature,
+            divergence=self.divergence,
+            top_k=self.top_k,
+        )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:

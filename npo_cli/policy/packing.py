@@ -13,7 +13,7 @@ M response tokens of all responses.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -42,11 +42,23 @@ class TokenRow:
     response_ids: tuple[int, ...]
     images: tuple[ImageRef, ...] = ()
     """The images behind the prompt's image tokens."""
+    privileged_ids: tuple[int, ...] | None = None
+    """What a dense target's teacher reads in the prompt's place; None: the prompt."""
 
     @property
     def num_tokens(self) -> int:
         """Prompt and response together."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longer one of the two prompts."""
+        return max(len(self.prompt_ids), len(self.privileged_ids or ()))
+
+    @property
+    def as_teacher_reads(self) -> "TokenRow":
+        """The same response after the teacher's prompt."""
+        return self if self.privileged_ids is None else replace(self, prompt_ids=self.privileged_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,15 +239,16 @@ def plan_passes(rows: Sequence[TokenRow], *, max_tokens: int, costs: PackingCost
 
 
 def count_inputs(pack: Sequence[TokenRow]) -> int:
-    """Tokens that the model reads of a packed row: the prompt, and all but the last of each response."""
-    return len(pack[0].prompt_ids) + sum(max(0, len(row.response_ids) - 1) for row in pack)
+    """Tokens that a model reads of a packed row: the prompt, a teacher's where that is longer, and all but the last of
+    each response."""
+    return pack[0].longest_prompt + sum(max(0, len(row.response_ids) - 1) for row in pack)
 
 
 def share_prompts(rows: Sequence[TokenRow], max_tokens: int, costs: PackingCosts) -> list[list[int]]:
     """Indices of the rows of each packed row: rows of one prompt, in as many packed rows as cost least."""
     by_prompt: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
-        by_prompt.setdefault((row.prompt_ids, row.images), []).append(index)
+        by_prompt.setdefault((row.prompt_ids, row.images, row.privileged_ids), []).append(index)
 
     def cost(packs: Sequence[Sequence[int]]) -> float:
         sizes = [count_inputs([rows[index] for index in pack]) for pack in packs]

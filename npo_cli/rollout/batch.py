@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.losses.advantages import group_advantages, overlong_penalty
 from npo_cli.rollout.mixing import GuidesByPrompt, MixStrategy, make_mix_strategy
@@ -186,6 +187,41 @@ def assemble_batch(
         is_recorded=is_recorded,
         position=position,
     )
+
+
+def build_sft_batch(session: Session, active_guide: ActiveGuide, *, position: int) -> StepBatch:
+    """The guide's correct responses to the next prompts of the data order, each with advantage 1; no rollouts."""
+    end = position + session.recipe.train.prompts_per_step
+    prompts = [session.task.train[index] for index in session.order.indices(position, end - position)]
+    if active_guide.sample_missing:
+        active_guide.sample_missing(prompts)
+    selected = []
+    for prompt in prompts:
+        known = active_guide.rollouts.get(prompt.prompt_id, ())
+        rollouts = tuple(rollout for rollout in known if rollout.is_correct)
+        group = Group(prompt=prompt, rollouts=rollouts)
+        selected.append(GroupWithAdvantages(group=group, advantages=(1.0,) * len(rollouts)))
+    return StepBatch(
+        on_policy=(), mixed=(), selected=tuple(selected), num_gen_batches=0, is_recorded=False, position=end
+    )
+
+
+def check_sft_guide(recipe: Recipe, guide: ActiveGuide | None, *, last_step: int) -> None:
+    """Refuse supervised fine-tuning without a guide cache, and beyond its last step."""
+    if recipe.train.objective != "sft":
+        return
+    if guide is None:
+        raise NpoError(
+            "train.objective=sft learns the responses of a guide cache, and there is none",
+            "npo sample-guide RUN --at STEP --source SPEC --name NAME, then "
+            "npo resume RUN --at STEP --guide NAME train.objective=sft",
+        )
+    if last_step > guide.until_step:
+        raise NpoError(
+            f"the guide's responses are for steps up to {guide.until_step}; train.objective=sft has nothing to learn "
+            f"after that, and the training would go on to step {last_step}",
+            f"--until {guide.until_step}   # then fork from there: --no-guide train.objective=rl",
+        )
 
 
 def select_cached_guides(active_guide: ActiveGuide | None, step: int) -> GuidesByPrompt | None:

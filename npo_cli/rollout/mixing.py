@@ -113,6 +113,17 @@ class AppendSlots(MixStrategy):
         return (*on_policy, *guides)
 
 
+class NoSlots(MixStrategy):
+    """Guide rollouts take no slots: a dense target's teacher is shown them (`target.privileged=response`)."""
+
+    name = "none"
+    adds_rollouts = True
+
+    def mix_groups(self, groups: Sequence[Group], guides: GuidesByPrompt) -> Sequence[Group]:
+        """The groups as they are."""
+        return groups
+
+
 def make_mix_strategy(settings: InjectSettings, *, group_size: int, seed: int) -> MixStrategy:
     """The strategy that `guide.inject.mode` names."""
     strategy: type[MixStrategy] = MIX_STRATEGIES.get(settings.mode)

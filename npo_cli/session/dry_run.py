@@ -45,10 +45,10 @@ def plan_steps(
 ) -> Iterator[PlannedWork]:
     """Training from step `first` to `last` with its evaluations; `recorded` is a branch whose steps give estimates."""
     steps, train, num_heldout = last - first + 1, recipe.train, len(task.heldout)
-    samples = steps * train.prompts_per_step * train.group_size
+    samples = 0 if train.objective == "sft" else steps * train.prompts_per_step * train.group_size
     if recipe.sampling.dynamic:
         samples *= recipe.sampling.max_gen_batches
-    tokens, seconds = (None, None) if recorded is None else recorded_step(*recorded)
+    tokens, seconds = (None, None) if recorded is None or not samples else recorded_step(*recorded)
     yield PlannedWork(
         work=f"train {branch}",
         steps=f"{first}-{last}",

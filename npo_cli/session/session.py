@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -43,8 +44,8 @@ class Session:
     order: DataOrder
     producer: Producer | None
     """Samples ahead; None with train.staleness=0, and in a session that does not train."""
-    teacher: Policy | None = None
-    """Frozen model of a dense target, in a session that trains; None without a target."""
+    teacher: Any = None
+    """`TeacherModel` of a dense target, in a session that trains; None without a target."""
 
     @property
     def distributed(self) -> ProcessGroup:

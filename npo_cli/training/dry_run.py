@@ -9,6 +9,8 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.guides.candidates import find_candidates
 from npo_cli.guides.dense_target import open_teacher
 from npo_cli.guides.dry_run import plan_guide_cache, plan_scoring
+from npo_cli.guides.privileged import check_privileged_text
+from npo_cli.rollout.batch import check_sft_guide
 from npo_cli.session.dry_run import open_dry_session, plan_steps
 from npo_cli.session.session import open_policy, open_task
 from npo_cli.storage.layout import RunDir, check_unused, open_run
@@ -36,6 +38,8 @@ def plan_training(
             check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         check_disk_space(root, recipe, policy, last_step=last)
+        check_privileged_text(recipe, policy, task.train)
+        check_sft_guide(recipe, None, last_step=recipe.train.num_steps)
         open_teacher(RunDir(root), recipe, policy, parent=None, fork_step=0)
         yield from plan_steps(recipe, task, branch=MAIN, first=1, last=last)
         yield from plan_disk(root, recipe, policy, last_step=last)
@@ -72,6 +76,8 @@ def plan_resume(
             open_active_guide(session, start.segment) as guidance,
         ):
             origin = start.segment if start.is_new else find_first_segment(run, start.branch)
+            check_privileged_text(start.recipe, session.policy, session.task.train, guide=guidance)
+            check_sft_guide(start.recipe, guidance, last_step=until or start.recipe.train.num_steps)
             open_teacher(run, start.recipe, session.policy, parent=origin.parent, fork_step=origin.fork_step)
             if start.is_new:
                 yield Notice(message=f"new branch: {start.branch}")

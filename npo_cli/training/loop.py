@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.optim import Optimizer
 
+from npo_cli.config.recipe import LossSettings
 from npo_cli.errors import StoppedEarly, quote_path
 from npo_cli.guides.dense_target import ActiveTarget, StepTarget
 from npo_cli.guides.online import OnlineExtrapolation
+from npo_cli.guides.privileged import PrivilegedText
+from npo_cli.losses.entropy_control import adapt_entropy_coef
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.rollout.batch import (
@@ -24,6 +27,7 @@ from npo_cli.rollout.batch import (
     OnlineGuide,
     StepBatch,
     build_batch,
+    build_sft_batch,
     collect_failed_prompts,
     plan_next_batch,
     select_cached_guides,
@@ -167,7 +171,7 @@ def run_step(
     session.distributed.context = f"step {step}"
     started = time.perf_counter()
     online_guide = select_online_guide(trainer, state)
-    target = None if trainer.target is None else trainer.target.at_step(step)
+    target = select_target(trainer, step)
     if queue is None:
         batch, replay_buffer = build_step_batch(trainer, state, online_guide, target)
         sampled = time.perf_counter()
@@ -177,11 +181,9 @@ def run_step(
         sampled = time.perf_counter()
     session.engine.release_memory()
     lr = lr_at(step, session.recipe.train)
+    entropy_coefs = adapt_entropy_bonus(session.recipe.loss, state, batch)
     try:
-        inject = session.recipe.guide.inject
-        samples = build_training_samples(session.policy, batch.selected, inject, target=target)
-        measures_guide = step % inject.measure_every == 0
-        update = updater.take_step(samples, lr=lr, target=target, measures_guide=measures_guide)
+        samples, update = learn_batch(trainer, updater, batch, target, step=step, lr=lr, entropy_coefs=entropy_coefs)
         updated = time.perf_counter()
     finally:
         # A step's rollouts are on record before its metrics.
@@ -192,7 +194,7 @@ def run_step(
     ended = time.perf_counter()
 
     metrics = compute_step_metrics(session, batch, update, step=step, lr=lr)
-    metrics |= target_metrics(target, samples, update)
+    metrics |= target_metrics(target, samples, update) | entropy_coefs
     if replay_buffer is not None:
         metrics |= buffer_metrics(replay_buffer)
     if online_guide is not None:
@@ -210,7 +212,7 @@ def run_step(
         timings |= {"seconds/sampling": sampling_seconds, "seconds/weight_sync": ended - written}
     if session.policy.device.type == "cuda":
         timings["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated(session.policy.device) / 1e6
-    if not batch.is_recorded:
+    if batch.on_policy and not batch.is_recorded:
         timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / sampling_seconds
     report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
     warning = ""
@@ -231,6 +233,46 @@ def run_step(
     return after, report, warning
 
 
+def learn_batch(
+    trainer: Trainer,
+    updater: Updater,
+    batch: StepBatch,
+    target: StepTarget | None,
+    *,
+    step: int,
+    lr: float,
+    entropy_coefs: Mapping[str, float],
+) -> tuple[list[TrainingSample], UpdateReport]:
+    """The samples of the batch, and the updates made with them."""
+    session, inject = trainer.session, trainer.session.recipe.guide.inject
+    if entropy_coefs:
+        updater = updater.with_entropy_coef(entropy_coefs["entropy_bonus"])
+    samples = build_training_samples(session.policy, batch.selected, inject, target=target)
+    measures_guide = step % inject.measure_every == 0 and session.recipe.train.objective == "rl"
+    return samples, updater.take_step(samples, lr=lr, target=target, measures_guide=measures_guide)
+
+
+def adapt_entropy_bonus(settings: LossSettings, state: TrainerState, batch: StepBatch) -> dict[str, float]:
+    """As metrics the coefficient of the entropy bonus that the step applies (`entropy_bonus`), and that of the next
+    step (`entropy_coef`); empty without loss.entropy_target."""
+    if settings.entropy_target is None or not batch.on_policy:
+        return {}
+    coefficient = state.running_metrics.get("entropy_coef", settings.entropy_coef)
+    applied, following = adapt_entropy_coef(settings, coefficient, mean_token_entropy(batch.on_policy))
+    return {"entropy_bonus": applied, "entropy_coef": following}
+
+
+def select_target(trainer: Trainer, step: int) -> StepTarget | None:
+    """The dense target of a step, with what its teacher is shown; None without one."""
+    if trainer.target is None:
+        return None
+    recipe, privileged = trainer.session.recipe, None
+    if recipe.target.privileged is not None:
+        responses = select_cached_guides(trainer.active_guide, step) or {}
+        privileged = PrivilegedText(recipe=recipe, policy=trainer.session.policy, responses=responses)
+    return trainer.target.at_step(step, privileged=privileged)
+
+
 def select_online_guide(trainer: Trainer, state: TrainerState) -> OnlineGuide | None:
     """The online guide of the next step; None while a guide cache is active, which has the slots to itself."""
     cache_is_active = trainer.active_guide is not None and state.step < trainer.active_guide.until_step
@@ -241,8 +283,11 @@ def build_step_batch(
     trainer: Trainer, state: TrainerState, online_guide: OnlineGuide | None, target: StepTarget | None
 ) -> tuple[StepBatch, ReplayBuffer | None]:
     """The step's batch and the replay buffer after it; with ExGRPO a part of the prompts is replayed. A dense target
-    may have a group size of its own."""
+    may have a group size of its own. With train.objective=sft nothing is sampled."""
     session, replay_buffer, batch_plan = trainer.session, state.replay_buffer, None
+    if session.recipe.train.objective == "sft":
+        assert trainer.active_guide is not None, "supervised fine-tuning needs a guide"
+        return build_sft_batch(session, trainer.active_guide, position=state.position), replay_buffer
     place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
     if replay_buffer is not None and replay_buffer.is_collecting:
         batch_plan = build_replay_batch(session, replay_buffer, **place)
@@ -277,6 +322,17 @@ def compute_step_metrics(
     session: Session, batch: StepBatch, update: UpdateReport, *, step: int, lr: float
 ) -> dict[str, float]:
     """The metrics of one step, named as in TRL; `inject/...` only while a guide is in use."""
+    common = {
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "lr": lr,
+        "rows_trained": update.num_rows,
+        "data_position": batch.position,
+        **update.stats.metrics(),
+        **({"skipped_updates": update.num_skipped} if update.num_skipped else {}),
+    }
+    if not batch.on_policy:
+        return {"tokens": 0} | common
     accuracies = [group.accuracy for group in batch.on_policy]
     rollouts = [rollout for group in batch.on_policy for rollout in group.rollouts]
     tokens = count_generated_tokens(batch.on_policy)
@@ -288,18 +344,13 @@ def compute_step_metrics(
         "frac_all_wrong": statistics.fmean(accuracy == 0 for accuracy in accuracies),
         "frac_all_right": statistics.fmean(accuracy == 1 for accuracy in accuracies),
         "frac_reward_zero_std": _zero_std_fraction(batch.mixed),
-        "entropy": sum((r.mean_entropy or 0.0) * r.num_tokens for r in rollouts) / tokens,
+        "entropy": mean_token_entropy(batch.on_policy),
         "completions/mean_length": tokens / len(rollouts),
         "completions/clipped_ratio": statistics.fmean(not rollout.finished for rollout in rollouts),
         "verify/unparseable": statistics.fmean(rollout.verdict == "unparseable" for rollout in rollouts),
         "verify/timeout": statistics.fmean(rollout.verdict == "timeout" for rollout in rollouts),
-        "loss": update.loss,
-        "grad_norm": update.grad_norm,
-        "lr": lr,
         "tokens": tokens,
-        "rows_trained": update.num_rows,
-        "data_position": batch.position,
-        **update.stats.metrics(),
+        **common,
     }
     if any(group.injection_status != "off" for group in batch.mixed):
         metrics |= count_injections(batch.mixed)
@@ -309,8 +360,6 @@ def compute_step_metrics(
         metrics |= {"dynamic/batches": batch.num_gen_batches, "dynamic/groups": len(batch.selected)}
     if session.recipe.train.staleness:
         metrics["staleness"] = statistics.fmean(step - 1 - rollout.sampler_step for rollout in rollouts)
-    if update.num_skipped:
-        metrics["skipped_updates"] = update.num_skipped
     return metrics
 
 
@@ -326,6 +375,12 @@ def target_metrics(
         "target/rollouts": float(sum(sample.has_target for sample in samples)),
         "target/tokens": update.stats.target_tokens,
     }
+
+
+def mean_token_entropy(groups: Sequence[Group]) -> float:
+    """Mean over the tokens of the entropy of the distributions that they were sampled from (nats)."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return sum((one.mean_entropy or 0.0) * one.num_tokens for one in rollouts) / count_generated_tokens(groups)
 
 
 def _mean_reward(group: Group) -> float:
@@ -353,13 +408,18 @@ def _zero_std_fraction(groups: Sequence[Group]) -> float:
 
 
 def update_running_metrics(running: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-    """Running metrics: tokens along the branch's ancestry, and bias-corrected exponential moving averages.
+    """Running metrics: tokens along the branch's ancestry, and bias-corrected exponential moving averages, which a step
+    without rollouts leaves as they are.
 
     ema_t = (decay * raw_{t-1} + (1 - decay) * x_t) / (1 - decay^t), stored as the corrected value and its weight.
     """
     weight = running.get("ema_weight", 0.0)
     new_weight = EMA_DECAY * weight + (1 - EMA_DECAY)
     updated = {"tokens_total": running.get("tokens_total", 0) + metrics["tokens"], "ema_weight": new_weight}
+    if "reward" not in metrics:
+        return {**running, "tokens_total": updated["tokens_total"]}
+    if "entropy_coef" in metrics:
+        updated["entropy_coef"] = metrics["entropy_coef"]
     for name in ("reward", "entropy"):
         before = running.get(f"{name}_ema", 0.0)
         updated[f"{name}_ema"] = (EMA_DECAY * weight * before + (1 - EMA_DECAY) * metrics[name]) / new_weight

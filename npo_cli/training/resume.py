@@ -15,9 +15,10 @@ from npo_cli.config.loading import recipe_to_dict
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.dense_target import describe_target, open_teacher
 from npo_cli.guides.lazy import open_lazy_guide
+from npo_cli.guides.privileged import check_privileged_text
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
-from npo_cli.rollout.batch import ActiveGuide
+from npo_cli.rollout.batch import ActiveGuide, check_sft_guide
 from npo_cli.rollout.replay_buffer import check_single_guide_source
 from npo_cli.session.session import Session, open_session
 from npo_cli.session.startup import charge_startup
@@ -81,6 +82,8 @@ def resume_run(
         ):
             first = start.segment if start.is_new else find_first_segment(run, start.branch)
             place = {"parent": first.parent, "fork_step": first.fork_step}
+            check_privileged_text(start.recipe, session.policy, session.task.train, guide=guidance)
+            check_sft_guide(start.recipe, guidance, last_step=until or start.recipe.train.num_steps)
             session = replace(session, teacher=open_teacher(run, start.recipe, session.policy, **place))
             optimizer = build_optimizer(session.policy.model, start.recipe.train)
             state = yield from load_first_state(session, optimizer, start)

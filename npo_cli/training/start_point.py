@@ -9,7 +9,7 @@ from npo_cli.config.loading import override_saved_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.sources.extrapolated import find_older_checkpoint
-from npo_cli.guides.teacher import find_teacher
+from npo_cli.guides.teacher import find_teacher_step
 from npo_cli.storage.checkpoints import (
     Checkpoint,
     check_newer_checkpoints,
@@ -134,10 +134,8 @@ def fork(
     branch = find_free_branch_name(
         run, guide or f"{parent}-from-{at}" if new_branch is None else new_branch, exact=new_branch is not None
     )
-    teacher = None
-    if recipe.has_target:
-        teacher_step = find_teacher(run, recipe, parent=parent, fork_step=at).guide_step
-        teacher = None if teacher_step is None else (parent, teacher_step)
+    teacher_step = find_teacher_step(run, recipe, parent=parent, fork_step=at)
+    teacher = None if teacher_step is None else (parent, teacher_step)
     segment = Segment(branch=branch, parent=parent, fork_step=at, guide_cache=guide, guide_until=until, teacher=teacher)
     return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
 

@@ -13,12 +13,13 @@ from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.guides.dense_target import ActiveTarget, describe_target, open_teacher
 from npo_cli.guides.online import open_online_guide
+from npo_cli.guides.privileged import check_privileged_text
 from npo_cli.guides.teacher import make_teacher_absolute
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.model_folder import decide_chat
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.registry import TASKS
-from npo_cli.rollout.batch import ActiveGuide
+from npo_cli.rollout.batch import ActiveGuide, check_sft_guide
 from npo_cli.session.distributed import shard_policy
 from npo_cli.session.session import Session, build_session, open_policy, open_task, record_code_permissions
 from npo_cli.session.startup import begin_session, charge_startup
@@ -83,6 +84,8 @@ def create_session(
             check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         check_disk_space(root, recipe, policy, last_step=last_step or recipe.train.num_steps)
+        check_privileged_text(recipe, policy, task.train)
+        check_sft_guide(recipe, None, last_step=recipe.train.num_steps)
         teacher = open_teacher(RunDir(root), recipe, policy, parent=None, fork_step=0)
         with closing(build_session(RunDir(root), recipe, task=task, policy=policy, trains=True)) as session:
             session = replace(session, teacher=teacher)

@@ -18,11 +18,11 @@ from npo_cli.distributed.partition import partition_by_tokens
 from npo_cli.distributed.process_group import current_group
 from npo_cli.guides.dense_target import StepTarget
 from npo_cli.losses.importance_ratio import check_ratio_available
-from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss, needs_entropies
+from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss, make_sft_loss, needs_entropies
 from npo_cli.losses.types import Divisors, LossInputs, LossStats, TargetInputs
 from npo_cli.policy.fsdp import to_scalar
 from npo_cli.policy.logprobs import Column, TokenScores
-from npo_cli.policy.model import Distillation, Policy
+from npo_cli.policy.model import Policy, TeacherComparison
 from npo_cli.policy.optimizer import set_lr
 from npo_cli.policy.packing import MicroBatch, TokenRow
 from npo_cli.rollout.batch import GroupWithAdvantages
@@ -96,19 +96,26 @@ def build_training_samples(
                 guide = f"the {span.source} response to prompt {rollout.prompt_id}"
                 check_ratio_available(inject.ratio, has_logprobs=span.has_logprobs, guide=guide)
     is_mixed = any(rollout.is_off_policy for rollout in rollouts)
-    return [
-        TrainingSample(
-            tokens=policy.row(entry.group.prompt, rollout.response_ids),
-            advantage=0.0 if target is not None and target.replaces_policy_gradient else advantage,
-            behavior_logps=rollout.behavior_logps,
-            spans=rollout.provenance,
-            clip_on_policy=inject.clip_on_policy or not is_mixed,
-            clip_off_policy=inject.clip_off_policy,
-            has_target=target is not None and target.applies_to(rollout),
-        )
-        for entry in selected
-        for rollout, advantage in zip(entry.group.rollouts, entry.advantages, strict=True)
-    ]
+    privileged = None if target is None else target.privileged
+    samples = []
+    for entry in selected:
+        privileged_ids = None if privileged is None else privileged.encode(entry.group)
+        is_taught = privileged_ids is not None or privileged is None or not privileged.skips_unfilled
+        for rollout, advantage in zip(entry.group.rollouts, entry.advantages, strict=True):
+            has_target = target is not None and is_taught and target.applies_to(rollout)
+            row = policy.row(entry.group.prompt, rollout.response_ids)
+            samples.append(
+                TrainingSample(
+                    tokens=replace(row, privileged_ids=privileged_ids) if has_target else row,
+                    advantage=0.0 if target is not None and target.replaces_policy_gradient else advantage,
+                    behavior_logps=rollout.behavior_logps,
+                    spans=rollout.provenance,
+                    clip_on_policy=inject.clip_on_policy or not is_mixed,
+                    clip_off_policy=inject.clip_off_policy,
+                    has_target=has_target,
+                )
+            )
+    return samples
 
 
 def build_loss_inputs(samples: Sequence[TrainingSample], *, like: Tensor) -> LossInputs:
@@ -156,9 +163,19 @@ class Updater:
         self, policy: Policy, optimizer: Optimizer, recipe: Recipe, *, reference: Policy | None = None
     ) -> None:
         self.policy, self.optimizer, self.recipe, self.reference = policy, optimizer, recipe, reference
-        self.policy_loss = make_policy_loss(recipe.loss, recipe.guide.inject, recipe.mismatch, recipe.target)
+        is_sft = recipe.train.objective == "sft"
+        inject, mismatch = recipe.guide.inject, recipe.mismatch
+        self.policy_loss = (
+            make_sft_loss(recipe.loss) if is_sft else make_policy_loss(recipe.loss, inject, mismatch, recipe.target)
+        )
         self.trains_zero_advantages = has_loss_terms(recipe.loss)
         self.columns: list[Column] = ["entropies"] if needs_entropies(recipe.loss) else []
+
+    def with_entropy_coef(self, coefficient: float) -> "Updater":
+        """The same with this coefficient of the entropy bonus."""
+        loss = self.recipe.loss.model_copy(update={"entropy_coef": coefficient})
+        recipe = self.recipe.model_copy(update={"loss": loss})
+        return Updater(self.policy, self.optimizer, recipe, reference=self.reference)
 
     def take_step(
         self,
@@ -334,7 +351,7 @@ class Updater:
         pack_sizes: Sequence[int],
         *,
         columns: Sequence[Column] = (),
-        distillation: Distillation | None = None,
+        distillation: TeacherComparison | None = None,
     ) -> TokenScores:
         return policy.score(
             [sample.tokens for sample in samples],
@@ -352,7 +369,13 @@ class Updater:
         """Of each token under the teacher, if the target reads them."""
         if target is None or not target.reads_logps:
             return None
-        return self._score(target.teacher, samples, pack_sizes).logps_NT
+        temperature = target.settings.temperature
+        return target.teacher.score(
+            [sample.tokens.as_teacher_reads for sample in samples],
+            temperature=self.recipe.sampling.temperature if temperature is None else temperature,
+            chunk_tokens=self.recipe.train.logit_chunk_tokens,
+            pack_sizes=pack_sizes,
+        ).logps_NT.to(self.policy.device)
 
     @torch.no_grad()
     def _reference_logps(self, samples: Sequence[TrainingSample], pack_sizes: Sequence[int]) -> Tensor | None:

@@ -55,13 +55,17 @@ def test_dense_targets_of_two_processes_equal_one(lora, tmp_path):
     # Few wrong rollouts and small passes: ranks need different numbers of passes, and of the teacher's.
     train(tmp_path / "single", *lora, "train.micro_batch_tokens=90", "train.logit_chunk_tokens=20")
     root = copy_run(tmp_path / "single", tmp_path / "double")
-    settings = ("target.teacher=checkpoint:4",)
-    for kind, more in (("distribution", ("target.group_size=3",)), ("token_weight", ())):
-        overrides = (*settings, f"target.kind={kind}", *more)
-        run("resume", str(root), "--at", "2", "--no-guide", "--new-branch", kind, *overrides, log=tmp_path / "log")
-        resume(tmp_path / "single", *overrides, at=2, new_branch=kind)
+    for name, overrides in {
+        "later": ("target.kind=distribution", "target.teacher=checkpoint:4", "target.group_size=3"),
+        "weights": ("target.kind=token_weight", "target.teacher=checkpoint:4"),
+        "shown": ("target.kind=distribution", "target.teacher=checkpoint:4", "target.privileged=answer"),
+        "itself": ("target.kind=token_weight", "target.teacher=policy", "target.privileged=answer"),
+        "ahead": ("target.kind=distribution", "target.teacher=extrapolated:weights,k=2,a=0.5"),
+    }.items():
+        run("resume", str(root), "--at", "2", "--no-guide", "--new-branch", name, *overrides, log=tmp_path / "log")
+        resume(tmp_path / "single", *overrides, at=2, new_branch=name)
         double, single = (
-            [json.loads(line) for line in RunDir(one).metrics_path(kind).read_text().splitlines()]
+            [json.loads(line) for line in RunDir(one).metrics_path(name).read_text().splitlines()]
             for one in (root, tmp_path / "single")
         )
         assert_same_metrics(double, single)

@@ -10,12 +10,17 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+import torch
 
+from npo_cli.guides.dense_target import open_teacher
+from npo_cli.guides.served_teacher import ServedTeacher
+from npo_cli.policy.model import load_policy
 from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
+from npo_cli.policy.packing import TokenRow
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
-from tests.helpers.runs import copy_run, open_session_at, sample, trajectories
+from tests.helpers.runs import copy_run, open_session_at, sample, tiny_recipe, train, trajectories
 from tests.helpers.teachers import save_with_other_vocabulary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -89,3 +94,24 @@ def test_external_model_samples_with_the_engine_of_the_recipe(scout, tmp_path, t
     assert found
     assert info.has_logps == (tokens == "same")
     assert {kept.source for kept in found.values()} == {"teacher"}
+
+
+def test_vllm_server_as_teacher_of_a_dense_target_says_what_the_trainer_does(scout, tmp_path, server, monkeypatch):
+    """Log-probabilities of given token ids and of the 5 most probable tokens, against the trainer's own pass."""
+    monkeypatch.setenv("NPO_ENDPOINT_KEY", "sesame")
+    spec = f"target.teacher=endpoint:{server}#teacher"
+    recipe = tiny_recipe("target.kind=distribution", spec, "target.top_k=5")
+    policy = load_policy(recipe.model)
+    teacher = open_teacher(open_run(scout), recipe, policy, parent=None, fork_step=0)
+    assert isinstance(teacher, ServedTeacher)
+    rows = [TokenRow(prompt_ids=(1, 2, 3, 12), response_ids=ids) for ids in ((4, 5, 6), (7, 14), (15,))]
+    expected = policy.score(rows, temperature=1.0, chunk_tokens=64).logps_NT
+    assert torch.allclose(teacher.score(rows, temperature=1.0, chunk_tokens=64).logps_NT, expected, atol=1e-4)
+    logps_W = policy.model(torch.tensor([[1, 2, 3, 12]])).logits[0, -1].log_softmax(-1)
+    (token, *_), *_ = teacher.score_tokens(rows)
+    assert list(token.top) == logps_W.topk(5).indices.tolist()
+    assert list(token.top.values()) == pytest.approx(logps_W.topk(5).values.tolist(), abs=1e-4)
+    reports = train(
+        tmp_path / "run", "target.kind=distribution", spec, "target.top_k=5", "train.num_steps=2", "train.lr=1e-3"
+    )
+    assert abs(reports[0].metrics["target/kl"]) < 1e-4 < reports[1].metrics["target/kl"]

@@ -227,7 +227,14 @@ def test_mixing_strategy_has_its_registered_name(name):
     assert type(strategy(group_size=2, mode=name)).name == name
 
 
-@pytest.mark.parametrize("name", MIX_STRATEGIES.names())
+def test_mixing_strategy_none_takes_no_slots():
+    groups = [group_of(False, False), group_of(True, True)]
+    chosen = strategy(group_size=2, slots=2, mode="none")
+    assert chosen.mix_groups(groups, {"a": (GUIDE, GUIDE)}) == groups
+    assert chosen.num_to_sample(2) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in MIX_STRATEGIES.names() if name != "none"])
 def test_mixing_strategy_keeps_rewards_and_order_and_says_what_it_did(name):
     guides = {"a": (GUIDE,), "c": (replace(GUIDE, prompt_id="c"),)}
     groups = [group_of(False, False), group_of(False, False, prompt_id="b"), group_of(True, True, prompt_id="c")]

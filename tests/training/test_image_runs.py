@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from npo_cli.config.loading import load_recipe, recipe_from_dict
-from npo_cli.config.recipe import TaskSettings
+from npo_cli.config.recipe import Recipe, TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.guides.online import OnlineExtrapolation, extrapolated_rollouts
+from npo_cli.guides.privileged import PrivilegedText
 from npo_cli.interop.export import export_guide
 from npo_cli.report.prompt_history import render_prompt_text
 from npo_cli.session.session import open_task
@@ -196,3 +197,21 @@ def test_dense_target_of_an_image_run(copied):
     assert [report.metrics["target/kl"] > 0 for report in reports] == [True, True]
     session = open_session_at(copied, 2, branch="main")
     assert session.policy.vision is not None and session.policy.vision.suppressed_ids
+
+
+def test_dense_target_of_an_image_run_whose_teacher_is_shown_the_answer(copied):
+    """The teacher reads the same images before the answer: each prompt's image tokens stay in its template."""
+    session = open_session_at(copied, 2)
+    text = PrivilegedText(recipe=show_answers(session.recipe), policy=session.policy)
+    for prompt in session.task.train[:4]:
+        own, shown = session.policy.encode(prompt), text.encode_prompt(prompt)
+        image_id = session.policy.model.config.image_token_id
+        assert shown.count(image_id) == own.count(image_id) > 0
+        assert len(shown) > len(own)
+    settings = ("target.kind=token_weight", "target.teacher=policy", "target.privileged=answer")
+    reports = resume(copied, *settings, at=2, new_branch="shown")
+    assert all(report.metrics["target/tokens"] > 0 and report.metrics["target/kl"] > 0 for report in reports)
+
+
+def show_answers(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"target": recipe.target.model_copy(update={"privileged": "answer"})})

@@ -131,8 +131,10 @@ def test_advantage_baseline_on_policy():
 
 def test_methods_are_in_both_tracks():
     table = {"grpo", "luffy", "exgrpo", "rlep", "npo-early", "npo-late", "npo", "autonpo"}
-    dense = {"distill", "token-weight"}  # without a published recipe of their own
-    for track, names in (("matched", table | dense), ("reference", table)):
+    # Without a published recipe for this trainer:
+    dense = {"distill", "token-weight", "rlsd", "b-opsd", "policy-reheater"}
+    rivals = {"sft-then-grpo", "adaptive-entropy"}
+    for track, names in (("matched", table | dense | rivals), ("reference", table)):
         assert {name.partition("/")[2] for name in list_method_names() if name.startswith(track)} == names
     authors = {name.partition("/")[2] for name in list_method_names() if name.startswith("authors/")}
     assert authors == {"grpo", "npo-early", "npo-late", "npo", "autonpo"}

@@ -99,6 +99,8 @@ class ExtrapolatedSource(GuideSource):
     usage = "extrapolated:SPACE,k=K,a=A"
     example = "extrapolated:logits,k=20,a=1"
     summary = "the learner along its own update direction"
+    has_distribution = True
+    is_of_run = True
     options: ClassVar[Mapping[str, str]] = {
         "space": "what is extrapolated: logits (two forward passes per token) or weights",
         "k": "distance of the older checkpoint in steps",
@@ -163,6 +165,22 @@ class ExtrapolatedSource(GuideSource):
     def older_step(self) -> int | None:
         """Step of the older copy."""
         return self.extrapolation.older_checkpoint.step
+
+    def load_teacher(self) -> Policy | ExtrapolatedPolicy:
+        """The learner extrapolated once, at its step: a model with these weights, or the two models of the logits."""
+        from npo_cli.policy.extrapolated import ExtrapolatedPolicy, replace_by_extrapolated
+        from npo_cli.policy.model import load_policy
+        from npo_cli.storage.checkpoints import verify_checkpoint
+
+        learner, used = self.target.learner, self.extrapolation
+        for checkpoint in (learner.checkpoint, used.older_checkpoint):
+            verify_checkpoint(checkpoint)
+        newer = load_policy(learner.recipe.model, learner.checkpoint.path)
+        if used.space == "weights":
+            replace_by_extrapolated(newer, used.older_checkpoint.path, strength=used.strength)
+            return newer
+        older = load_policy(learner.recipe.model, used.older_checkpoint.path)
+        return ExtrapolatedPolicy(newer=newer, older=older, strength=used.strength)
 
     def open(self, session: Session) -> None:
         """Load the older copy."""

@@ -11,7 +11,9 @@ from npo_cli.seeds import derive_seed
 from npo_cli.types.rollouts import Prompt
 
 if TYPE_CHECKING:
-    from npo_cli.inference.openai_client import TextRequest
+    from npo_cli.config.recipe import Recipe
+    from npo_cli.guides.served_teacher import ServedTeacher
+    from npo_cli.inference.openai_client import OpenAIClient, TextRequest
     from npo_cli.session.session import Session
 
 
@@ -22,6 +24,7 @@ class EndpointSource(GuideSource):
     usage = "endpoint:URL#MODEL"
     example = "endpoint:http://127.0.0.1:8000/v1#NAME"
     summary = "an OpenAI-compatible endpoint; no log-probs"
+    has_distribution = True
     options: ClassVar[Mapping[str, str]] = {
         "url": "base address of the API, such as http://127.0.0.1:8000/v1",
         "model": "name of the model on that server",
@@ -45,17 +48,30 @@ class EndpointSource(GuideSource):
 
         validate_url(str(self.spec.options["url"]))
 
-    def open(self, session: Session) -> None:
-        """Connect, and check that the server has the model."""
-        from npo_cli.guides.sources.retokenize import Retokenizer
+    def connect(self, recipe: Recipe) -> OpenAIClient:
+        """A client, after a check that the server has the model."""
         from npo_cli.inference.openai_client import OpenAIClient, RequestLimits, validate_url
 
-        super().open(session)
-        settings = session.recipe.guide.endpoint
+        settings = recipe.guide.endpoint
         limits = RequestLimits(concurrency=settings.concurrency, timeout=settings.timeout, retries=settings.max_retries)
         url, model = str(self.spec.options["url"]), str(self.spec.options["model"])
-        self.client = OpenAIClient(url=validate_url(url), model=model, limits=limits)
-        self.client.check_model()
+        client = OpenAIClient(url=validate_url(url), model=model, limits=limits)
+        client.check_model()
+        return client
+
+    def load_teacher(self) -> ServedTeacher:
+        """The served model, of vLLM: other servers do not return log-probabilities of given tokens."""
+        from npo_cli.guides.served_teacher import ServedTeacher
+
+        recipe = self.target.learner.recipe
+        return ServedTeacher(client=self.connect(recipe), top_k=recipe.target.top_k or 0)
+
+    def open(self, session: Session) -> None:
+        """Connect."""
+        from npo_cli.guides.sources.retokenize import Retokenizer
+
+        super().open(session)
+        self.client = self.connect(session.recipe)
         self.retokenizer = Retokenizer(session=session, learner=session.policy)
 
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
