@@ -53,6 +53,7 @@ def estimate_footprint(
     footprint.add_teacher()
     footprint.add_update()
     footprint.add_sampling()
+    footprint.add_producer()
     footprint.add_extrapolation()
     footprint.add_uncounted()
     footprint.add_engine_gpu()
@@ -79,6 +80,11 @@ class _Footprint:
     @property
     def shares_gpu_with_vllm(self) -> bool:
         return self.engine.runs_in_trainer and self.engine.needs_weight_sync
+
+    @property
+    def vllm_sleeps(self) -> bool:
+        """Not in a producer, which samples during the update."""
+        return self.recipe.engine.vllm.enable_sleep_mode and not self.recipe.train.staleness
 
     def add(self, location: Location, phase: MemoryPhase, label: str, num_bytes: float, formula: str) -> None:
         size = ceil(num_bytes)
@@ -160,7 +166,7 @@ class _Footprint:
         shape, compute = self.shape, self.compute_bytes
         if self.shares_gpu_with_vllm:
             fraction = self.recipe.engine.vllm.gpu_memory_utilization
-            phase = "sampling" if self.recipe.engine.vllm.enable_sleep_mode else "always"
+            phase = "sampling" if self.vllm_sleeps else "always"
             formula = f"engine.vllm.gpu_memory_utilization={fraction:g} of the GPU"
             self.add("gpu", phase, VLLM, int(fraction * self.hardware.gpu_bytes), formula)
             return
@@ -176,14 +182,25 @@ class _Footprint:
         num_bytes = logits * compute + min(logits, CHUNK_NUMBERS) * SAMPLER_COPIES * FLOAT_BYTES
         self.add("gpu", "sampling", "logits", num_bytes, f"{rows} rows x {shape.vocab_size:,}")
 
+    def add_producer(self) -> None:
+        """With train.staleness another copy of the model, on one of the GPUs, and what it samples with during the
+        update. A device of its own (engine.producer.device) is not counted."""
+        shape, recipe = self.shape, self.recipe
+        if not recipe.train.staleness or recipe.engine.producer.device is not None:
+            return
+        formula = f"{_count(shape.num_params)} x {self.weight_bytes} B"
+        self.add("gpu", "always", "producer's weights", shape.num_params * self.weight_bytes, formula)
+        if not self.engine.needs_weight_sync:
+            self.add_kv_cache("producer's KV cache", self.count_sampled_rows(1), phase="always")
+
     def count_sampled_rows(self, num_gpus: int) -> int:
         rollouts = self.recipe.train.prompts_per_step * self.recipe.train.group_size
         return min(self.recipe.engine.max_num_seqs, ceil(rollouts / num_gpus))
 
-    def add_kv_cache(self, label: str, rows: int) -> None:
+    def add_kv_cache(self, label: str, rows: int, *, phase: MemoryPhase = "sampling") -> None:
         per_token = self.shape.kv_cache_floats * self.compute_bytes
         formula = f"{rows} rows x {self.row_tokens:,} tokens x {_kb(per_token)}"
-        self.add("gpu", "sampling", label, rows * self.row_tokens * per_token, formula)
+        self.add("gpu", phase, label, rows * self.row_tokens * per_token, formula)
 
     def add_extrapolation(self) -> None:
         """An older checkpoint beside the policy (logits), or extrapolated weights in its place (weights)."""
@@ -232,7 +249,7 @@ class _Footprint:
         else:
             size = (self.trained + self.optimizer_floats) * self.trained_bytes
             self.add("host", "saving", "copy of weights and moments", size, "train.save_in_background")
-        if self.shares_gpu_with_vllm and self.recipe.engine.vllm.enable_sleep_mode:
+        if self.shares_gpu_with_vllm and self.vllm_sleeps:
             size = self.shape.num_params * self.compute_bytes * processes
             self.add("host", "update", "vLLM's weights in sleep mode", size, f"{processes} engines")
 

@@ -233,3 +233,17 @@ def test_footprint_of_a_dense_target_counts_teacher_and_its_logits():
     assert sizes["teacher's logits of a chunk"] == 56000
     plain = {each.label for each in estimate_footprint(recipe(), SHAPE, GPU)}
     assert sizes.keys() - plain == {"teacher of the dense target", "teacher's logits of a chunk"}
+
+
+def test_footprint_of_a_producer_counts_its_model_and_what_it_samples_with_during_the_update():
+    stale = {"staleness": 1}
+    needs = {each.label: each for each in list_allocations(recipe(train=stale), "gpu")}
+    # 1000 weights x 4 B; 32 rows x 100 tokens x 40 x 4 B
+    assert (needs["producer's weights"].num_bytes, needs["producer's weights"].phase) == (4000, "always")
+    assert (needs["producer's KV cache"].num_bytes, needs["producer's KV cache"].phase) == (512_000, "always")
+    vllm = recipe(train=stale, engine={"kind": "vllm", "vllm": {"enable_sleep_mode": True}})
+    needs = {each.label: each for each in list_allocations(vllm, "gpu")}
+    assert needs["vLLM"].phase == "always"
+    assert needs.keys() & {"producer's weights", "producer's KV cache"} == {"producer's weights"}
+    apart = recipe(train=stale, engine={"producer": {"device": "cuda:1"}})
+    assert estimate(apart, "gpu") == estimate(recipe(), "gpu")
