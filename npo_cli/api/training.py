@@ -165,6 +165,7 @@ def resume(
     until: int | None = None,
     autonpo: bool = False,
     fresh_optimizer: bool = False,
+    merge: str | None = None,
     overrides: Overrides = (),
     callbacks: Sequence[Callback] = (),
     allow_code: bool = False,
@@ -174,7 +175,7 @@ def resume(
     Without `at`, training continues on the branch that was interrupted, else on main; the first record names it. With
     `at`, a new branch is trained with the responses of a guide cache (`guide`) for `steps` steps, or without one
     (`no_guide=True`). `overrides`: settings that may change on resume or at a fork. `fresh_optimizer`: fork from
-    weights only.
+    weights only. `merge`: start from merged weights, `BRANCH:STEP[,minus=BRANCH:STEP],weight=W`.
     """
     root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
     guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
@@ -185,14 +186,14 @@ def resume(
     hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
     recipe = load_run_recipe(root, overrides, branch=forked, purpose=purpose, hint=hint)
     last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
-    has_guide, has_new_branch = guide is not None or steps is not None, new_branch is not None
+    has_guide, has_new_branch = any(one is not None for one in (guide, steps, merge)), new_branch is not None
     _check_combination(
         root, at=at, autonpo=autonpo, fresh=fresh_optimizer, has_guide=has_guide, has_new_branch=has_new_branch
     )
     if no_guide or (at is not None and guide is None and not autonpo):
         _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
     where: dict[str, Any] = {"overrides": overrides, "at": at, "source_branch": branch, "new_branch": new_branch}
-    replay: dict[str, Any] = {"guide": guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
+    replay: dict[str, Any] = {"guide": guide, "steps": steps, "until": until, "fresh": fresh_optimizer, "merge": merge}
     if autonpo:
         from npo_cli.autonpo.preflight import find_start
 
@@ -360,7 +361,7 @@ def _check_combination(
         raise NpoError("--new-branch needs --at STEP", f"npo resume {quote_path(run)} --autonpo --at STEP")
     if autonpo and has_guide:
         raise NpoError(
-            "--guide and --steps are not available with --autonpo, which builds its own guide caches",
+            "--guide, --steps and --merge are not available with --autonpo, which builds its own guide caches",
             f"npo resume {quote_path(run)} --autonpo",
         )
 

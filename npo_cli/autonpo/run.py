@@ -39,6 +39,7 @@ from npo_cli.storage.lineage import ancestry, find_newest_branch
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import append_event, read_metrics
 from npo_cli.training.loop import grpo_steps
+from npo_cli.training.merge import save_merged_start
 from npo_cli.training.resume import damage_warnings, load_first_state, open_active_guide, record_start
 from npo_cli.training.start_point import ResumePoint, find_resume_point
 from npo_cli.training.train import (
@@ -292,8 +293,12 @@ class AutoNPODriver:
         """The same from that point, whose weights are loaded."""
         optimizer = build_optimizer(self.session.policy.model, self.recipe.train)
         state = yield from load_first_state(self.session, optimizer, start)
+        if start.is_merge_due:
+            yield from save_merged_start(self.session, optimizer, state, branch=start.branch)
         charge_startup(self.run, branch=self.state.branch, step=state.step)
-        trainer = open_trainer(self.session, optimizer, branch=self.state.branch, active_guide=active_guide)
+        trainer = open_trainer(
+            self.session, optimizer, branch=self.state.branch, step=state.step, active_guide=active_guide
+        )
 
         def observe(report: StepReport) -> bool:
             signal = parse_trigger_input({"step": report.step, **report.metrics})

@@ -39,6 +39,15 @@ AutonpoOpt = Annotated[bool, typer.Option("--autonpo", help="Let AutoNPO decide 
 FreshOpt = Annotated[
     bool, typer.Option("--fresh-optimizer", help="Fork from weights only; start with a new optimizer state.")
 ]
+MergeOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--merge",
+        metavar="SPEC",
+        help="Start the new branch from merged weights, theta + W (plus - minus): "
+        "BRANCH:STEP[,minus=BRANCH:STEP],weight=W. theta is the checkpoint at --at, and minus by default.",
+    ),
+]
 
 
 def resume(
@@ -54,6 +63,7 @@ def resume(
     until: UntilOpt = None,
     autonpo: AutonpoOpt = False,
     fresh: FreshOpt = False,
+    merge: MergeOpt = None,
     allow_code: AllowCodeOpt = False,
     dry_run: DryRunOpt = False,
     full: FullOpt = False,
@@ -81,6 +91,7 @@ def resume(
         until=until,
         autonpo=autonpo,
         fresh_optimizer=fresh,
+        merge=merge,
         overrides=overrides or (),
     )
     if dry_run:

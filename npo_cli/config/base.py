@@ -58,6 +58,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+def find_window_place(step: int, start_step: int, num_steps: int | None) -> int | None:
+    """Which step of the window (start_step, start_step + num_steps] a training step is, from 0; None outside of it."""
+    place = step - start_step - 1
+    return None if place < 0 or (num_steps is not None and place >= num_steps) else place
+
+
 def is_hub_id(path: str) -> bool:
     """Whether a path reads as `OWNER/NAME` on a hub; a folder of that name is another matter."""
     return HUB_ID.fullmatch(path) is not None

@@ -8,8 +8,40 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from npo_cli.config.base import FORK, FREE, IGNORED, IS_SET, Count, Settings, Share, applies_when
+from npo_cli.config.base import FORK, FORK_TRAINING, FREE, IGNORED, IS_SET, Count, Settings, Share, applies_when
 from npo_cli.registry import IMPORTANCE_RATIOS, MIX_STRATEGIES
+
+
+class PrefixSettings(Settings):
+    """Prefix slots: only the beginning of a guide response is injected, and the policy continues it."""
+
+    model_config = ConfigDict(json_schema_extra=FORK_TRAINING | applies_when({"guide.inject.prefix.fraction": IS_SET}))
+
+    fraction: Share = Field(
+        0.0,
+        description="Fraction of a guide response's tokens that an injected rollout begins with; the policy samples "
+        "the rest (0: off, whole guide responses are injected).",
+        json_schema_extra=applies_when({}),
+    )
+    schedule: Literal["constant", "linear", "uniform"] = Field(
+        "constant",
+        description="The fraction: `constant`, `linear` down to 0 at the last step with the guide, or drawn for each "
+        "rollout from a `uniform` distribution between 0 and `fraction`.",
+    )
+    weight: Share = Field(
+        0.0,
+        description="Weight of the prefix's tokens in the policy loss: 0 masks them (they are not counted in its mean "
+        "either), 1 trains them like an injected response.",
+    )
+
+    def fraction_at(self, step: int, *, start_step: int, last_step: int) -> float:
+        """`fraction` by the schedule at a step with the guide, steps (start_step, last_step].
+
+        The k-th of n steps, from 0, has fraction (1 - k / n) with schedule=linear.
+        """
+        if self.schedule != "linear":
+            return self.fraction
+        return self.fraction * (1 - (step - start_step - 1) / (last_step - start_step))
 
 
 class InjectSettings(Settings):
@@ -64,6 +96,7 @@ class InjectSettings(Settings):
         "(inject/grad_norm_fraction); the others compute injected responses together with on-policy ones.",
         json_schema_extra=IGNORED,
     )
+    prefix: PrefixSettings = PrefixSettings()
 
     @model_validator(mode="after")
     def _has_a_ratio_to_shape(self) -> "InjectSettings":

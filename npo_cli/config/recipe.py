@@ -1,7 +1,7 @@
 """Every setting with its only default. Recipe files hold what differs; `npo_cli.config.loading` reads them.
 
 Sections of their own modules: `autonpo`, `engine` (with the mismatch correction), `guides` (with scoring and methods),
-`extrapolation` and `target`.
+`extrapolation`, `order` and `target`.
 """
 
 import json
@@ -30,6 +30,7 @@ from npo_cli.config.base import (
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
+from npo_cli.config.order import OrderSettings
 from npo_cli.config.target import TargetSettings
 from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 
@@ -547,6 +548,7 @@ class Recipe(Settings):
     guide: GuideSettings = GuideSettings()
     extrapolation: ExtrapolationSettings = ExtrapolationSettings()
     target: TargetSettings = TargetSettings()
+    order: OrderSettings = OrderSettings()
     method: MethodSettings = MethodSettings()
     scoring: ScoringSettings = ScoringSettings()
     eval: EvalSettings = EvalSettings()
@@ -589,6 +591,17 @@ class Recipe(Settings):
                 "guide.experience.replay_fraction chooses prompts by the current policy: it is not available with "
                 "train.staleness above 0"
             )
+        others = {
+            "guide.experience.replay_fraction": bool(replay),
+            "guide.source=extrapolated": self.uses_extrapolation,
+            "guide.inject.mode=none": inject.mode == "none",
+            "train.objective=sft": train.objective == "sft",
+        }
+        for name, is_set in others.items():
+            if inject.prefix.fraction and is_set:
+                raise ValueError(
+                    f"guide.inject.prefix.fraction injects what the policy continues: it is not available with {name}"
+                )
         if inject.ratio_shaping != "none" and self.loss.kind != "grpo":
             raise ValueError(f"guide.inject.ratio_shaping=soft needs loss.kind=grpo, got {self.loss.kind}")
         return self
@@ -607,6 +620,18 @@ class Recipe(Settings):
         for name, is_set in reasons.items():
             if is_set:
                 raise ValueError(f"train.objective=sft samples no rollouts: it is not available with {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _order_fits(self) -> "Recipe":
+        reasons = {
+            "sampling.dynamic=true, which samples until groups are mixed": self.sampling.dynamic,
+            "guide.experience.replay_fraction, which chooses prompts itself": self.guide.experience.replay_fraction,
+            "train.objective=sft, which samples no rollouts": self.train.objective == "sft",
+        }
+        for name, is_set in reasons.items():
+            if self.order.mistakes and is_set:
+                raise ValueError(f"order.mistakes={self.order.mistakes:g} is not available with {name}")
         return self
 
     @property

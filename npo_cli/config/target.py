@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
-from npo_cli.config.base import FORK_TRAINING, IS_SET, Count, Settings, applies_when
+from npo_cli.config.base import FORK_TRAINING, IS_SET, Count, Settings, applies_when, find_window_place
 from npo_cli.registry import GUIDE_SOURCES, TARGETS
 
 DISTRIBUTION = applies_when({"target.kind": ["distribution"]})
@@ -156,7 +156,7 @@ class TargetSettings(Settings):
 
         The k-th of n steps, from 0, has weight * (1 - k / n) with schedule=linear.
         """
-        place = step - start_step - 1
-        if self.kind == "none" or place < 0 or (self.num_steps is not None and place >= self.num_steps):
+        place = find_window_place(step, start_step, self.num_steps)
+        if self.kind == "none" or place is None:
             return None
         return self.weight * (1 - place / self.num_steps) if self.schedule == "linear" else self.weight

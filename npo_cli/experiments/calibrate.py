@@ -305,7 +305,7 @@ def run_replay(
     if guide is not None:
         prompts = read_guide_prompts(calibration.artifacts.guide_folder(guide))
         rollouts = {prompt_id: samples.rollouts for prompt_id, samples in prompts.items() if samples.rollouts}
-        active = ActiveGuide(rollouts=rollouts, until_step=last)
+        active = ActiveGuide(rollouts=rollouts, until_step=last, start_step=learner.step)
     session.policy.load(learner.checkpoint.path)
     optimizer = build_optimizer(session.policy.model, recipe.train)
     state = restore_state(session, optimizer, learner.checkpoint)

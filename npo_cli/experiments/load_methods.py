@@ -14,7 +14,14 @@ from npo_cli.storage.cost_sums import best_held_curve, learning_curve
 from npo_cli.storage.evals import PromptResults, match_prompt_results
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import Span, ancestry, find_main_branch, find_newest_branch, list_branches
+from npo_cli.storage.lineage import (
+    Span,
+    ancestry,
+    find_main_branch,
+    find_newest_branch,
+    find_policy_owner,
+    list_branches,
+)
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.comparison import SeedPoint
 from npo_cli.types.costs import CurvePoint
@@ -206,7 +213,7 @@ def load_complete_outcomes(run: RunDir, line: Sequence[Span], steps: set[int]) -
     found = {
         step: one
         for (owner, step), one in match_prompt_results(select_best_evals(run), run).items()
-        if any(span.branch == owner and span.contains(step) for span in line)
+        if find_policy_owner(line, step) == owner
     }
     same = len({one.prompt_keys for one in found.values()}) == 1
     return found if same and set(found) == steps else {}

@@ -36,6 +36,8 @@ class SampleRequest:
     """Weights to sample from, among the versions that the engine holds; None: the newest."""
     images: tuple[ImageRef, ...] = ()
     """The images behind the prompt's image tokens."""
+    max_new_tokens: int | None = None
+    """Limit of this response, at most that of the call; None: that of the call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,7 +232,13 @@ def check_samples(requests: Sequence[SampleRequest], samples: Sequence[Sample], 
     if given != wanted:
         order = " in another order" if len(given) == len(wanted) else ""
         raise RunFailed(f"engine.kind={kind} returned {len(given)} samples for {len(wanted)} requests{order}", hint)
-    for sample in samples:
+    for request, sample in zip(requests, samples, strict=True):
+        if request.max_new_tokens is not None and len(sample.response_ids) > request.max_new_tokens:
+            raise RunFailed(
+                f"engine.kind={kind} returned {len(sample.response_ids)} tokens for a request of at most "
+                f"{request.max_new_tokens} (prompt {sample.prompt_id}, slot {sample.slot})",
+                hint,
+            )
         if not 0 < len(sample.response_ids) == len(sample.logps):
             raise RunFailed(
                 f"engine.kind={kind} returned {len(sample.logps)} log-probabilities for {len(sample.response_ids)} "

@@ -182,8 +182,10 @@ class Decoding:
         self.requests, self.handle, self.cost, self.meter = requests, handle, cost, meter
         self.temperature, self.max_new_tokens, self.device = temperature, max_new_tokens, handle.model.device
         num_rows = min(max_num_rows, len(requests))
-        longest = max(len(request.prompt_ids) for request in requests)
-        self.window = Window(max_columns=longest - 1 + max_new_tokens)
+        limits = [request.max_new_tokens or max_new_tokens for request in requests]
+        lengths = [len(request.prompt_ids) + limit for request, limit in zip(requests, limits, strict=True)]
+        self.limit_of_request = numpy.array(limits)
+        self.window = Window(max_columns=max(lengths) - 1)
         self.models, self.combine = open_models(self.window, num_rows), combine
         self.accepts_new_rows = self.models[0].rows.accepts_new_rows
         suppressed = () if handle.vision is None else handle.vision.suppressed_ids
@@ -333,7 +335,8 @@ class Decoding:
         self.entropies_NT[rows, places] = entropies
         self.length_N[rows] += 1
         is_end = numpy.isin(ids, self.handle.eos_ids)
-        for index in numpy.flatnonzero(is_end | (self.length_N[rows] == self.max_new_tokens)):
+        limits = self.limit_of_request[self.request_N[rows]]
+        for index in numpy.flatnonzero(is_end | (self.length_N[rows] == limits)):
             self._finish(rows[index], finished=bool(is_end[index]))
         self.num_tokens += len(rows)
         self.num_wasted += found_3N.shape[1] - len(rows)

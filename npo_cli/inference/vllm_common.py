@@ -51,7 +51,7 @@ def sampling_fields(
         "temperature": temperature,
         "top_p": 1.0,
         "top_k": 0,
-        "max_tokens": max_new_tokens,
+        "max_tokens": request.max_new_tokens or max_new_tokens,
         "seed": request.seed,
         "stop_token_ids": list(eos_ids),
         "ignore_eos": True,

@@ -332,10 +332,13 @@ def compute_columns(
     unclipped_NT = off_policy_NT if anchor.is_unclipped else torch.zeros_like(mask_NT)
     if inputs.unclipped_NT is not None:
         unclipped_NT = unclipped_NT | inputs.unclipped_NT.bool()
+    weight_NT = torch.where(off_policy_NT, anchor.weight_NT, correction.weight_NT)
+    if inputs.token_weights_NT is not None:
+        weight_NT = weight_NT * inputs.token_weights_NT
     tokens = TokenColumns(
         logps_NT=logps_NT,
         log_ratio_NT=log_ratio(logps_NT, torch.where(off_policy_NT, anchor.logps_NT, on_policy_anchor_NT)),
-        weight_NT=torch.where(off_policy_NT, anchor.weight_NT, correction.weight_NT),
+        weight_NT=weight_NT,
         behavior_logps_NT=behavior_NT,
         mask_NT=mask_NT,
         off_policy_NT=off_policy_NT,

@@ -28,6 +28,8 @@ class LossInputs:
     """Under the weights at the start of the update; None: the current log-probabilities."""
     unclipped_NT: Tensor | None = None
     """True where no clip and no cap applies, whatever the settings; None: nowhere."""
+    token_weights_NT: Tensor | None = None
+    """Factor on the policy loss of each token; None: 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,7 @@ class TokenColumns:
     """log rho = logps - anchor, clamped to +-20 nats, with gradient."""
     weight_NT: Tensor
     """Factor on the token's policy loss after clipping: that of the importance ratio off-policy, that of the
-    inference/trainer mismatch on-policy, times a dense target's token weight."""
+    inference/trainer mismatch on-policy, times the span's weight and a dense target's token weight."""
     behavior_logps_NT: Tensor
     mask_NT: Tensor
     off_policy_NT: Tensor

@@ -11,7 +11,7 @@ from npo_cli.report.html import PromptSample
 from npo_cli.report.table import Table, format_count
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import ancestry
-from npo_cli.storage.metrics import list_trained_steps
+from npo_cli.storage.metrics import iter_outcomes, list_trained_steps
 from npo_cli.storage.rollout_log import open_rollouts
 from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, Group, GroupOutcome, ImageRef, Prompt
 from npo_cli.types.views import PromptHistory, PromptVisit
@@ -89,11 +89,8 @@ NUM_SAMPLES = 4
 def read_outcomes(run: RunDir, branch: str) -> dict[str, list[GroupOutcome]]:
     """Every group on the line of descent, by prompt, in the order of first visits."""
     found: dict[str, list[GroupOutcome]] = {}
-    for span in ancestry(run, branch):
-        log = open_rollouts(run.rollouts_path(span.branch))
-        steps = [step for step in list_trained_steps(run, span.branch, log) if span.contains(step)]
-        for outcome in (one for step in steps for one in log.iter_outcomes(step)):
-            found.setdefault(outcome.prompt_id, []).append(outcome)
+    for outcome in iter_outcomes(run, branch):
+        found.setdefault(outcome.prompt_id, []).append(outcome)
     return found
 
 

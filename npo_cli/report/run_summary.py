@@ -112,6 +112,8 @@ def _describe_origin(run: RunDir, first: Segment) -> str:
     where = f"{first.parent} at step {first.fork_step}"
     caches = {info.name: info for info in list_guide_caches(run)}
     info = caches.get(first.guide_cache or "")
+    if first.merge_spec:
+        return f"forked from {where} with a merged start ({first.merge_spec})"
     if first.guide_cache is None:
         return f"forked from {where} without a guide"
     source = f" ({info.source.text})" if info else ""
@@ -224,8 +226,9 @@ def list_commands(run: RunDir) -> list[str]:
         if first.guide_cache in caches:
             commands.append(_sample_command(target, caches[first.guide_cache]))
         guide = f"--guide {first.guide_cache}" if first.guide_cache else "--no-guide"
+        merge = f" --merge {first.merge_spec}" if first.merge_spec else ""
         commands.append(
-            f"npo resume {target}{_branch(first.parent)} --at {first.fork_step} {guide} --new-branch {name}"
+            f"npo resume {target}{_branch(first.parent)} --at {first.fork_step} {guide}{merge} --new-branch {name}"
             f"{_changes(run, first)}{_until(run, name)}"
         )
     return commands

@@ -97,6 +97,7 @@ def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
     columns = (
         *(text_column("branch"), text_column("parent"), text_column("from step", "fork_step")),
         *(text_column("guide", "guide_cache"), count_column("guide until", "guide_until")),
+        Column("merged start", lambda one: one.merge_spec),
         Column("", lambda one: "removed" if one.removed else ""),
     )
     return (build_table("Lineage", segments, columns, drops_empty=True),)

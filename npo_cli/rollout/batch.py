@@ -4,7 +4,7 @@ P prompts, G rollouts per prompt. A step that a killed process had already recor
 again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
@@ -15,13 +15,17 @@ from torch import Tensor
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.losses.advantages import group_advantages, overlong_penalty
+from npo_cli.rollout.mistakes import MistakeDraw, StandingMistakes
 from npo_cli.rollout.mixing import GuidesByPrompt, MixStrategy, make_mix_strategy
+from npo_cli.rollout.prefix import continue_prefixes
 from npo_cli.seeds import derive_seed
-from npo_cli.session.session import Session, sample_groups
+from npo_cli.session.session import Session, count_generated_tokens, sample_groups
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group, Prompt
 
+MISTAKES = "mistakes"
+"""In the sampling seeds of standing mistakes, in place of the epoch."""
 SampleMissing = Callable[[Sequence[Prompt]], None]
 
 
@@ -32,6 +36,8 @@ class ActiveGuide:
     rollouts: GuidesByPrompt
     until_step: int
     """Last step of injection."""
+    start_step: int = 0
+    """Step before the first of injection."""
     sample_missing: SampleMissing | None = None
     """Samples prompts that a lazy cache lacks, and adds them to it."""
 
@@ -54,6 +60,8 @@ class BatchPlan:
 
     prompt_batches: tuple[PromptBatch, ...]
     position: int
+    mistakes: MistakeDraw | None = None
+    """Prompts that are standing mistakes; None where the step draws none."""
 
 
 class OnlineGuide(Protocol):
@@ -96,6 +104,15 @@ class StepBatch:
     """Read back from the rollout log instead of sampled."""
     position: int
     """Position in the data order after this step."""
+    mistakes: MistakeDraw | None = None
+    """Prompts that were drawn as standing mistakes; None where the step draws none."""
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens that the policy generated, those after a guide's prefix included; tokens of guides are charged
+        elsewhere."""
+        injected = [one for group in self.mixed for one in group.rollouts if one.is_off_policy]
+        return count_generated_tokens(self.on_policy) + sum(one.num_on_policy_tokens for one in injected)
 
 
 def build_batch(
@@ -108,10 +125,12 @@ def build_batch(
     active_guide: ActiveGuide | None,
     batch_plan: BatchPlan | None = None,
     online_guide: OnlineGuide | None = None,
+    mistakes: StandingMistakes | None = None,
 ) -> StepBatch:
     """Read the step's batch back from the log, or sample it with the session's weights and record it.
 
-    `batch_plan` None: the next prompts of the data order. `online_guide` takes the place of a guide cache.
+    `batch_plan` None: the next prompts of the data order, and of `mistakes`. `online_guide` takes the place of a guide
+    cache.
     """
     batch = assemble_batch(
         session,
@@ -123,6 +142,7 @@ def build_batch(
         active_guide=active_guide,
         batch_plan=batch_plan,
         online_guide=online_guide,
+        mistakes=mistakes,
     )
     record_batch(rollout_log, step, batch)
     return batch
@@ -146,10 +166,12 @@ def assemble_batch(
     active_guide: ActiveGuide | None,
     batch_plan: BatchPlan | None = None,
     online_guide: OnlineGuide | None = None,
+    mistakes: StandingMistakes | None = None,
 ) -> StepBatch:
     """Sample once, or with dynamic sampling until enough groups have signal after injection or the limit is reached.
 
-    `recorded` groups of the step, if there are any, are taken instead of samples of the policy of `sampler_step`.
+    `recorded` groups of the step, if there are any, are taken instead of samples of the policy of `sampler_step`. The
+    groups are added to `mistakes`.
     """
     recipe = session.recipe
     num_groups = recipe.train.prompts_per_step
@@ -160,18 +182,19 @@ def assemble_batch(
     mixed: list[Group] = []
     selected: list[GroupWithAdvantages] = []
     num_gen_batches = 0
+    place = {"seed_name": seed_name, "step": step}
+    draw = None
     while num_gen_batches < (recipe.sampling.max_gen_batches if recipe.sampling.dynamic else 1):
-        plan = batch_plan or plan_next_batch(session, seed_name=seed_name, step=step, position=position, guides=guides)
-        num_gen_batches, position = num_gen_batches + 1, plan.position
+        plan = batch_plan or plan_next_batch(session, **place, position=position, guides=guides, mistakes=mistakes)
+        num_gen_batches, position, draw = num_gen_batches + 1, plan.position, plan.mistakes
         pairs = []
         for part in plan.prompt_batches:
             before, recorded = recorded[: len(part.prompts)], recorded[len(part.prompts) :]
             if online_guide is None:
-                sample_missing = active_guide.sample_missing if active_guide and guides is not None else None
-                place = {"seed_name": seed_name, "step": step, "sampler_step": sampler_step}
-                pairs.append(build_groups(session, part, before, **place, sample_missing=sample_missing))
+                guide = active_guide if guides is not None else None
+                pairs.append(build_groups(session, part, before, **place, sampler_step=sampler_step, guide=guide))
             else:
-                pairs.append(online_guide.build_groups(part, before, seed_name=seed_name, step=step))
+                pairs.append(online_guide.build_groups(part, before, **place))
         on_policy += chain.from_iterable(sampled for sampled, _ in pairs)
         new = list(chain.from_iterable(groups for _, groups in pairs))
         mixed += new
@@ -179,6 +202,8 @@ def assemble_batch(
         selected += [entry for entry in entries if entry.has_signal] if recipe.sampling.dynamic else entries
         if len(selected) >= num_groups:
             break
+    if mistakes is not None:
+        mistakes.add_groups(on_policy)
     return StepBatch(
         on_policy=tuple(on_policy),
         mixed=tuple(mixed),
@@ -186,6 +211,7 @@ def assemble_batch(
         num_gen_batches=num_gen_batches,
         is_recorded=is_recorded,
         position=position,
+        mistakes=draw,
     )
 
 
@@ -237,18 +263,68 @@ def plan_next_batch(
     position: int,
     guides: GuidesByPrompt | None,
     group_size: int | None = None,
+    mistakes: StandingMistakes | None = None,
 ) -> BatchPlan:
-    """The next prompts of the data order, with `group_size` rollouts each (None: train.group_size).
+    """The next prompts of the data order, with `group_size` rollouts each (None: train.group_size); in the window of
+    `mistakes` the last of the batch are standing mistakes.
+
+    The data order stays where it is for them; it passes over a prompt that they hold already. Where there are too few,
+    it fills the batch.
+    """
+    train = session.recipe.train
+    strategy = open_mix_strategy(session, seed_name=seed_name, step=step, group_size=group_size)
+    count = train.prompts_per_step
+    num_mistakes = 0 if mistakes is None else mistakes.count_to_draw(step, num_prompts=count)
+    fresh, after = draw_from_order(session, position, count=count - num_mistakes)
+    draw = None
+    if mistakes is not None and num_mistakes:
+        draw = mistakes.draw(
+            num_mistakes,
+            group_size=strategy.group_size,
+            seed=derive_seed(train.seed, MISTAKES, seed_name, step),
+            exclude={prompt.prompt_id for _, prompt in fresh},
+        )
+        drawn = draw.chances
+        if len(drawn) < num_mistakes:
+            fresh, after = draw_from_order(
+                session, position, count=count - len(drawn), skips=lambda prompt, _: prompt.prompt_id in drawn
+            )
+    batches = batches_by_epoch(fresh, guides=guides, strategy=strategy)
+    if draw is not None and draw.chances:
+        prompts = tuple(map(session.task.prompt, draw.chances))
+        batches.append(PromptBatch(prompts=prompts, seed_label=(MISTAKES,), guides=guides, strategy=strategy))
+    return BatchPlan(prompt_batches=tuple(batches), position=after, mistakes=draw)
+
+
+def draw_from_order(
+    session: Session, position: int, *, count: int, skips: Callable[[Prompt, int], bool] = lambda prompt, epoch: False
+) -> tuple[list[tuple[int, Prompt]], int]:
+    """The next `count` prompts of the data order with their epochs, and the position after them. `skips` says of a
+    prompt and its epoch whether it is passed over."""
+    found: list[tuple[int, Prompt]] = []
+    while len(found) < count:
+        epoch, (index,) = session.order.epoch(position), session.order.indices(position, 1)
+        prompt = session.task.train[index]
+        position += 1
+        if not skips(prompt, epoch):
+            found.append((epoch, prompt))
+    return found, position
+
+
+def batches_by_epoch(
+    drawn: Sequence[tuple[int, Prompt]], *, guides: GuidesByPrompt | None, strategy: MixStrategy
+) -> list[PromptBatch]:
+    """Prompts of the data order, sampled together by epoch.
 
     The epoch is part of the seed label, so a small pool that wraps inside a step still gets fresh samples.
     """
-    strategy = open_mix_strategy(session, seed_name=seed_name, step=step, group_size=group_size)
-    count = session.recipe.train.prompts_per_step
-    batches = [
-        PromptBatch(prompts=tuple(prompts), seed_label=(epoch,), guides=guides, strategy=strategy)
-        for epoch, prompts in _split_by_epoch(session, position, count)
+    prompts: dict[int, list[Prompt]] = {}
+    for epoch, prompt in drawn:
+        prompts.setdefault(epoch, []).append(prompt)
+    return [
+        PromptBatch(prompts=tuple(each), seed_label=(epoch,), guides=guides, strategy=strategy)
+        for epoch, each in prompts.items()
     ]
-    return BatchPlan(prompt_batches=tuple(batches), position=position + count)
 
 
 def open_mix_strategy(session: Session, *, seed_name: str, step: int, group_size: int | None = None) -> MixStrategy:
@@ -256,17 +332,6 @@ def open_mix_strategy(session: Session, *, seed_name: str, step: int, group_size
     train = session.recipe.train
     seed = derive_seed(train.seed, "seat", seed_name, step)
     return make_mix_strategy(session.recipe.guide.inject, group_size=group_size or train.group_size, seed=seed)
-
-
-def _split_by_epoch(session: Session, position: int, count: int) -> Iterator[tuple[int, list[Prompt]]]:
-    """The next `count` prompts, split at the end of an epoch."""
-    size = len(session.task.train)
-    end = position + count
-    while position < end:
-        stop = min(end, (position // size + 1) * size)
-        indices = session.order.indices(position, stop - position)
-        yield session.order.epoch(position), [session.task.train[index] for index in indices]
-        position = stop
 
 
 def build_groups(
@@ -277,13 +342,15 @@ def build_groups(
     seed_name: str,
     step: int,
     sampler_step: int,
-    sample_missing: SampleMissing | None = None,
+    guide: ActiveGuide | None = None,
 ) -> tuple[Sequence[Group], Sequence[Group]]:
-    """On-policy groups, recorded or sampled, and the same groups with cached guide rollouts injected.
+    """On-policy groups, recorded or sampled, and the same groups with cached guide rollouts injected, or continued
+    prefixes of these.
 
-    `sample_missing` adds to the guides those of the groups that pass the gate: where all do, before the policy is
-    sampled, as the number of its rollouts may depend on them.
+    `guide`: whose `sample_missing` adds to the guides those of the groups that pass the gate: where all do, before the
+    policy is sampled, as the number of its rollouts may depend on them.
     """
+    sample_missing = guide.sample_missing if guide else None
     if sample_missing and prompt_batch.strategy.is_eligible(1.0):
         sample_missing(prompt_batch.prompts)
     on_policy = [group.on_policy for group in recorded] or sample_on_policy_groups(
@@ -293,7 +360,23 @@ def build_groups(
         return on_policy, on_policy
     if sample_missing:
         sample_missing([group.prompt for group in on_policy if prompt_batch.strategy.is_eligible(group.accuracy)])
-    return on_policy, prompt_batch.strategy.mix_groups(on_policy, prompt_batch.guides)
+    guides = prompt_batch.guides
+    prefix = session.recipe.guide.inject.prefix
+    if prefix.fraction and guide is not None:
+        fraction = prefix.fraction_at(step, start_step=guide.start_step, last_step=guide.until_step)
+        guides = {
+            group.prompt.prompt_id: tuple(rollout for rollout in group.rollouts if rollout.is_off_policy)
+            for group in recorded
+        } or continue_prefixes(
+            session,
+            on_policy,
+            guides,
+            prompt_batch.strategy,
+            fraction=fraction,
+            seed_label=(seed_name, step, *prompt_batch.seed_label),
+            sampler_step=sampler_step,
+        )
+    return on_policy, prompt_batch.strategy.mix_groups(on_policy, guides)
 
 
 def sample_on_policy_groups(

@@ -62,7 +62,7 @@ class MixStrategy:
             return replace(group, injection_status="gate_closed", on_policy_accuracy=accuracy)
         if not guides:
             return replace(group, injection_status="no_guide", on_policy_accuracy=accuracy)
-        return self.inject(group, self._select(guides), accuracy)
+        return self.inject(group, self.select(guides), accuracy)
 
     def inject(self, group: Group, guides: Sequence[Rollout], accuracy: float) -> Group:
         """The group with these guide rollouts in their slots."""
@@ -81,7 +81,8 @@ class MixStrategy:
             on_policy_accuracy=accuracy,
         )
 
-    def _select(self, guides: Sequence[Rollout]) -> Sequence[Rollout]:
+    def select(self, guides: Sequence[Rollout]) -> Sequence[Rollout]:
+        """Of a prompt's guide rollouts as many as there are slots, drawn by the seed."""
         if len(guides) <= self.settings.slots:
             return guides
         return random.Random(derive_seed(self.seed, guides[0].prompt_id)).sample(guides, self.settings.slots)

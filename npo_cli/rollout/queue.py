@@ -20,8 +20,9 @@ from queue import SimpleQueue
 from npo_cli.activity import Activity, report_activity
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.rollout.batch import ActiveGuide, StepBatch, assemble_batch, record_batch
+from npo_cli.rollout.mistakes import StandingMistakes
 from npo_cli.session.producer import QueueEngine
-from npo_cli.session.session import Session, count_generated_tokens
+from npo_cli.session.session import Session
 from npo_cli.storage.costs import append_cost
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.rollouts import Group
@@ -44,7 +45,8 @@ class QueuedBatch:
 class RolloutQueue:
     """Batches of the steps after `step`, in order. `close` drops what is still being sampled.
 
-    `last_step`: no batch is built for a later one. `position`: in the data order, of the first batch.
+    `last_step`: no batch is built for a later one. `position`: in the data order, of the first batch. `mistakes`: of
+    the steps up to `step`; each batch is built after the one before it, and so from the visits of every earlier step.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class RolloutQueue:
         last_step: int,
         position: int,
         active_guide: ActiveGuide | None,
+        mistakes: StandingMistakes | None = None,
     ) -> None:
         assert session.producer is not None, "train.staleness is above 0"
         self.session, self.log, self.branch, self.seed_name = session, log, branch, seed_name
-        self.fork_step, self.last_step, self.active_guide = fork_step, last_step, active_guide
+        self.fork_step, self.last_step = fork_step, last_step
+        self.active_guide, self.mistakes = active_guide, mistakes
         self.staleness = session.recipe.train.staleness
         self._engine = QueueEngine(session.producer, session.policy)
         self._batches: dict[int, QueuedBatch] = {}
@@ -111,7 +115,7 @@ class RolloutQueue:
                 "ahead",
                 branch=self.branch,
                 step=ahead,
-                tokens=count_generated_tokens(batch.on_policy),
+                tokens=batch.num_generated_tokens,
                 seconds=time.perf_counter() - began,
             )
         self.log.wait()
@@ -158,6 +162,7 @@ class RolloutQueue:
                         sampler_step=batch.sampler_step,
                         position=position,
                         active_guide=self.active_guide,
+                        mistakes=self.mistakes,
                     )
             except Exception as error:  # raised by the learner, who waits for it
                 batch.built.set_exception(error)

@@ -6,12 +6,19 @@ of a prompt's responses is replayed depends on the current policy's log-probabil
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from npo_cli.config.guides import ExperienceSettings
 from npo_cli.errors import NpoError
-from npo_cli.rollout.batch import BatchPlan, PromptBatch, StepBatch, open_mix_strategy
+from npo_cli.rollout.batch import (
+    BatchPlan,
+    PromptBatch,
+    StepBatch,
+    batches_by_epoch,
+    draw_from_order,
+    open_mix_strategy,
+)
 from npo_cli.rollout.mixing import MixStrategy
 from npo_cli.seeds import derive_seed
 from npo_cli.session.logprob_pass import run_logprob_pass
@@ -130,7 +137,7 @@ def build_replay_batch(
     recipe = session.recipe
     size = recipe.train.prompts_per_step
     num_replayed = min(len(buffer.successes), int(recipe.guide.experience.replay_fraction * size))
-    fresh, next_position = next_prompts(session, buffer, position, count=size - num_replayed)
+    fresh, after = draw_from_order(session, position, count=size - num_replayed, skips=skip_retired(session, buffer))
     prompt_ids = sample_replay_prompts(
         buffer,
         num_replayed,
@@ -140,40 +147,27 @@ def build_replay_batch(
         exclude={prompt.prompt_id for _, prompt in fresh},
     )
     if len(prompt_ids) < num_replayed:
-        count = size - len(prompt_ids)
-        fresh, next_position = next_prompts(session, buffer, position, count=count, exclude=prompt_ids)
+        skips = skip_retired(session, buffer, exclude=prompt_ids)
+        fresh, after = draw_from_order(session, position, count=size - len(prompt_ids), skips=skips)
     strategy = open_mix_strategy(session, seed_name=seed_name, step=step)
-    batches = [
-        PromptBatch(
-            prompts=tuple(prompt for prompt_epoch, prompt in fresh if prompt_epoch == epoch),
-            seed_label=(epoch,),
-            guides=None,
-            strategy=strategy,
-        )
-        for epoch in dict.fromkeys(epoch for epoch, _ in fresh)
-    ]
+    batches = batches_by_epoch(fresh, guides=None, strategy=strategy)
     if prompt_ids:
         batches.append(_replay_prompts(session, buffer, prompt_ids, strategy))
-    return BatchPlan(prompt_batches=tuple(batches), position=next_position)
+    return BatchPlan(prompt_batches=tuple(batches), position=after)
 
 
-def next_prompts(
-    session: Session, buffer: ReplayBuffer, position: int, *, count: int, exclude: Sequence[str] = ()
-) -> tuple[list[tuple[int, Prompt]], int]:
-    """The next `count` prompts with their epochs, and the position after them.
+def skip_retired(
+    session: Session, buffer: ReplayBuffer, *, exclude: Sequence[str] = ()
+) -> Callable[[Prompt, int], bool]:
+    """Whether the data order passes over a prompt in an epoch: prompts of `exclude`, and those retired in an earlier
+    epoch, unless fewer than a batch are left."""
+    skip = len(session.task.train) - len(buffer.retired_epochs) >= session.recipe.train.prompts_per_step
 
-    Prompts retired in an earlier epoch are skipped, unless fewer than a batch are left.
-    """
-    pool = session.task.train
-    skip = len(pool) - len(buffer.retired_epochs) >= session.recipe.train.prompts_per_step
-    prompts: list[tuple[int, Prompt]] = []
-    while len(prompts) < count:
-        prompt, epoch = pool[session.order.indices(position, 1)[0]], session.order.epoch(position)
-        position += 1
+    def skips(prompt: Prompt, epoch: int) -> bool:
         is_retired = skip and buffer.retired_epochs.get(prompt.prompt_id, epoch) < epoch
-        if not is_retired and prompt.prompt_id not in exclude:
-            prompts.append((epoch, prompt))
-    return prompts, position
+        return is_retired or prompt.prompt_id in exclude
+
+    return skips
 
 
 def _replay_prompts(

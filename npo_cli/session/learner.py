@@ -75,9 +75,9 @@ def find_data_position(run: RunDir, branch: str, step: int) -> int:
     """The data position after `step`, from the metrics of the branch that has that step."""
     if step == 0:
         return 0
-    for name, first, last in ancestry(run, branch):
-        if first < step and (last is None or step <= last):
-            for line in read_metrics(run, name):
+    for span in ancestry(run, branch):
+        if span.contains(step):
+            for line in read_metrics(run, span.branch):
                 if line["step"] == step and isinstance(line.get("data_position"), int):
                     return line["data_position"]
     raise NpoError(

@@ -32,7 +32,7 @@ from npo_cli.storage.files import (
     write_json_atomic,
 )
 from npo_cli.storage.layout import RunDir, format_step, list_folders, parse_step
-from npo_cli.storage.lineage import ancestry, find_owning_branch
+from npo_cli.storage.lineage import ancestry, find_first_segment, find_policy_branch, find_policy_owner
 from npo_cli.storage.log_head import LogHead, check_size, encode_head, seal_log
 
 PARTIAL_SUFFIX = ".partial"
@@ -205,7 +205,8 @@ def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
 def list_ancestry_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
     """Checkpoints along the line of descent by step: each ancestor's up to the step where the line left it."""
     line = ancestry(run, branch)
-    return [found for span in line for found in list_checkpoints(run, span.branch) if span.contains(found.step)]
+    every = (found for span in line for found in list_checkpoints(run, span.branch))
+    return [found for found in every if find_policy_owner(line, found.step) == found.branch]
 
 
 def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
@@ -214,7 +215,7 @@ def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
     for checkpoint in every:
         if checkpoint.step == step:
             return checkpoint
-    _check_not_damaged(run.checkpoint_folder(find_owning_branch(run, branch, step), step))
+    _check_not_damaged(run.checkpoint_folder(find_policy_branch(run, branch, step), step))
     steps = ", ".join(str(checkpoint.step) for checkpoint in every) or "none"
     raise NpoError(
         f"{run.root} has no complete checkpoint of step {step} on branch {branch}; it has steps: {steps}",
@@ -248,11 +249,13 @@ def check_newer_checkpoints(run: RunDir, branch: str, step: int) -> None:
 
 
 def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
-    """The checkpoint that the branch resumes from: its own newest full one, or the one it was forked from."""
-    fork_step = ancestry(run, branch)[-1].from_step
-    full = [
-        found for found in list_ancestry_checkpoints(run, branch) if found.tier == "full" and found.step >= fork_step
-    ]
+    """The checkpoint that the branch resumes from: its own newest full one, or the one it was forked from. A branch
+    with a merged start that was not saved yet begins with the latter, too."""
+    first = find_first_segment(run, branch)
+    fork_step, every = first.fork_step, list_ancestry_checkpoints(run, branch)
+    if first.parent is not None and not any(found.step >= fork_step for found in every):
+        every = [found for found in list_ancestry_checkpoints(run, first.parent) if found.step == fork_step]
+    full = [found for found in every if found.tier == "full" and found.step >= fork_step]
     check_newer_checkpoints(run, branch, full[-1].step if full else fork_step)
     if not full:
         raise NpoError(

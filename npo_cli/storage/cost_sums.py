@@ -16,7 +16,13 @@ from npo_cli.storage.files import cached_by_file
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import select_line_evals
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches, list_recorded_branches
+from npo_cli.storage.lineage import (
+    ancestry,
+    find_first_segment,
+    find_policy_owner,
+    list_branches,
+    list_recorded_branches,
+)
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import REJECTIONS
 from npo_cli.types.costs import ActivityCost, BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
@@ -149,12 +155,14 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
     parents = {0: ZERO_COST} if first.parent is None else cumulative_costs(run, first.parent, table)
     spent = fork_cost(run, first, table)
     known = {step: cost for step, cost in parents.items() if step <= first.fork_step}
+    if first.merged_checkpoints:
+        known[first.fork_step] = spent
     onward: dict[int, Cost] = defaultdict(lambda: ZERO_COST, table.after_step[branch])
     for line in table.charges:
         if line.branch == branch:
             charged = (table.artifacts.get(name, ZERO_COST) + _branch_cost(table, name) for name in line.charged)
             onward[line.step] += sum(charged, start=table.artifacts.get(line.artifact, ZERO_COST))
-    spent += onward[first.fork_step]
+    spent += onward[first.fork_step] + table.at_step[branch].get(first.fork_step, ZERO_COST)
     for step, own in sorted(table.steps[branch].items()):
         spent = spent + own + table.at_step[branch].get(step, ZERO_COST)
         known[step] = spent
@@ -177,10 +185,33 @@ def fork_cost(run: RunDir, first: Segment, table: CostTable) -> Cost:
         return ZERO_COST
     fork = table.forks.get(first.branch)
     if fork is None or fork.until is None:
-        return cumulative_costs(run, first.parent, table)[first.fork_step]
+        return sum(_merged_costs(run, first, table), start=cumulative_costs(run, first.parent, table)[first.fork_step])
     line, last = fork.until
     charged = (table.artifacts.get(name, ZERO_COST) for name in fork.charged)
     return sum(charged, start=cumulative_costs(run, line, table)[last])
+
+
+def _merged_costs(run: RunDir, first: Segment, table: CostTable) -> Iterator[Cost]:
+    """What the merged checkpoints of a branch's start had cost, without what its parent paid."""
+    assert first.parent is not None
+    steps, artifacts = _paid_work(run, first.parent, first.fork_step, table)
+    for branch, step in first.merged_checkpoints:
+        more_steps, more_artifacts = _paid_work(run, branch, step, table)
+        for owner, own in sorted(more_steps - steps):
+            yield table.steps[owner][own] + table.at_step[owner].get(own, ZERO_COST)
+        yield from (table.artifacts.get(name, ZERO_COST) for name in sorted(more_artifacts - artifacts))
+        steps, artifacts = steps | more_steps, artifacts | more_artifacts
+
+
+def _paid_work(run: RunDir, branch: str, last: int, table: CostTable) -> tuple[set[tuple[str, int]], set[str]]:
+    """The training steps and the artifacts that a branch is charged with on its way to `last`."""
+    steps, artifacts = set(), set()
+    for line, end in [(branch, last), *_extra_lines(run, branch, table, last)]:
+        for span in ancestry(run, line):
+            own = (step for step in table.steps[span.branch] if span.contains(step) and (end is None or step <= end))
+            steps |= {(span.branch, step) for step in own}
+            artifacts |= set(table.forks[span.branch].charged) if span.branch in table.forks else set()
+    return steps, artifacts
 
 
 def learning_curve(run: RunDir, branch: str, *, name: str) -> list[CurvePoint]:
@@ -215,7 +246,7 @@ def cost_at_steps(run: RunDir, branch: str) -> dict[int, list[Cost]]:
     """Cost of reaching each step; at a fork also the cost with guide and scoring paid and nothing learned yet."""
     table, first = read_cost_table(run), find_first_segment(run, branch)
     costs = {step: [cost] for step, cost in cumulative_costs(run, branch, table).items()}
-    if first.parent is not None:
+    if first.parent is not None and not first.merged_checkpoints:
         costs[first.fork_step].append(fork_cost(run, first, table))
     return costs
 
@@ -319,6 +350,7 @@ def best_held_curve(run: RunDir, branch: str, *, name: str) -> list[BestHeldPoin
 def _extra_lines(run: RunDir, branch: str, table: CostTable, last: int | None) -> Iterator[tuple[str, int | None]]:
     """Lines of descent (branch, last step) besides its own that the branch is charged with on its way to `last`."""
     first, fork = find_first_segment(run, branch), table.forks.get(branch)
+    yield from first.merged_checkpoints
     if first.parent is not None and (fork is None or fork.until is None):
         yield from _extra_lines(run, first.parent, table, first.fork_step)
     elif fork is not None and fork.until is not None:
@@ -335,7 +367,7 @@ def _line_points(run: RunDir, branch: str, *, name: str, last: int | None = None
     for point, mean in neighbour_means([point for point in points if last is None or point.step <= last]):
         yield BestHeldPoint(
             name=name,
-            policy_branch=next(span.branch for span in line if span.contains(point.step)),
+            policy_branch=find_policy_owner(line, point.step) or branch,
             step=point.step,
             total_steps=point.total_steps,
             total_tokens=point.total_tokens,

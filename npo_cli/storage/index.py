@@ -23,7 +23,8 @@ from npo_cli.storage.lineage import (
     check_branch,
     find_first_segment,
     find_main_branch,
-    find_owning_branch,
+    find_policy_branch,
+    find_policy_owner,
     list_branches,
 )
 from npo_cli.storage.metrics import read_metrics
@@ -122,7 +123,7 @@ def _fork_point(run: RunDir, branch: str) -> str | None:
     first = find_first_segment(run, branch)
     if first.parent is None:
         return None
-    return f"{find_owning_branch(run, first.parent, first.fork_step)}:{first.fork_step}"
+    return f"{find_policy_branch(run, first.parent, first.fork_step)}:{first.fork_step}"
 
 
 def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CandidateScore]]:
@@ -131,7 +132,7 @@ def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CandidateS
     for answer in read_all_scores(run):
         for score in answer.scores:
             if score.step is not None and score.step > answer.learner_step:
-                newest[find_owning_branch(run, answer.branch, score.step), score.step] = (answer.learner_step, score)
+                newest[find_policy_branch(run, answer.branch, score.step), score.step] = (answer.learner_step, score)
     return newest
 
 
@@ -148,11 +149,11 @@ def select_best_evals(run: RunDir) -> Mapping[BranchStep, EvalReport]:
 
 def select_line_evals(run: RunDir, branch: str) -> dict[int, EvalReport]:
     """The same along the branch's line of descent, by step in the order evaluated."""
-    spans = {span.branch: span for span in ancestry(run, branch)}
+    line = ancestry(run, branch)
     return {
         step: report
         for (owner, step), report in select_best_evals(run).items()
-        if owner in spans and spans[owner].contains(step)
+        if find_policy_owner(line, step) == owner
     }
 
 

@@ -15,6 +15,9 @@ from npo_cli.storage.layout import FIRST_BRANCH, NAME_PATTERN, RECIPE_FILE, RunD
 from npo_cli.storage.log_head import damaged_log_error
 from npo_cli.types.rollouts import Segment
 
+OPTIONAL_FIELDS = ("teacher", "merge_weight", "merge_plus", "merge_minus", "removed")
+"""Of a segment: absent where they are empty."""
+
 
 class Span(NamedTuple):
     """The steps (from_step, to_step] that a line of descent takes from one branch."""
@@ -24,18 +27,28 @@ class Span(NamedTuple):
     """Step the branch starts from; the first branch also owns its step 0."""
     to_step: int | None
     """Step at which the next branch was forked; None for the last branch."""
+    is_merged: bool = False
+    """The branch has a merged start: the line takes the weights of `from_step` from this branch, too."""
 
     def contains(self, step: int) -> bool:
-        """Whether the line takes this step from this branch."""
+        """Whether the line takes this step, its training, from this branch."""
         after_start = step > self.from_step or (step == 0 and self.from_step == 0)
         return after_start and (self.to_step is None or step <= self.to_step)
+
+
+def find_policy_owner(line: Sequence[Span], step: int) -> str | None:
+    """The branch that a line of descent takes the weights of a step from: the newest with a merged start there, else
+    the one that trained the step. None where it has no such step."""
+    merged = [span.branch for span in line if span.is_merged and span.from_step == step]
+    trained = [span.branch for span in line if span.contains(step)]
+    return merged[-1] if merged else next(iter(trained), None)
 
 
 def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = ()) -> None:
     """Record that training starts or resumes; from then on the branch exists. Sealed before it returns."""
     validate_name(segment.branch)
     log = JsonlLog(run.segments_path)
-    row = {name: value for name, value in to_row(segment).items() if name not in ("teacher", "removed") or value}
+    row = {name: value for name, value in to_row(segment).items() if name not in OPTIONAL_FIELDS or value}
     log.append({"time": now_utc(), **row, "overrides": list(overrides)})
     log.seal()
 
@@ -111,7 +124,8 @@ def find_first_segment(run: RunDir, branch: str) -> Segment:
 def ancestry(run: RunDir, branch: str) -> list[Span]:
     """The line of descent, oldest branch first: (main, 0, 80), (guided, 80, None) for a branch forked from main at 80.
 
-    A parent that was forked later than the line leaves it contributes no step and is not in the line.
+    A parent that was forked later than the line leaves it contributes no step and is not in the line, nor is one that
+    was forked there, unless its start is merged.
     """
     line: list[Span] = []
     seen: set[str] = set()
@@ -122,8 +136,10 @@ def ancestry(run: RunDir, branch: str) -> list[Span]:
         if name in seen:
             raise NpoError(f"{run.segments_path}: branch {name!r} descends from itself", "restore the file from a copy")
         seen.add(name)
-        if end is None or end > first.fork_step or first.parent is None:
-            line.append(Span(name, first.fork_step, end))
+        is_merged = first.merge_plus is not None
+        has_steps = end is None or end > first.fork_step or first.parent is None
+        if has_steps or (is_merged and end == first.fork_step):
+            line.append(Span(name, first.fork_step, end, is_merged))
         end = first.fork_step if end is None else min(end, first.fork_step)
         name = first.parent
     return list(reversed(line))
@@ -136,11 +152,13 @@ def find_last_guided_fork(run: RunDir, branch: str) -> int | None:
 
 
 def find_owning_branch(run: RunDir, branch: str, step: int) -> str:
-    """The branch on the line of descent that made this step."""
-    for span in ancestry(run, branch):
-        if span.contains(step):
-            return span.branch
-    return branch
+    """The branch on the line of descent that trained this step."""
+    return next((span.branch for span in ancestry(run, branch) if span.contains(step)), branch)
+
+
+def find_policy_branch(run: RunDir, branch: str, step: int) -> str:
+    """The branch on the line of descent that has the checkpoint of this step."""
+    return find_policy_owner(ancestry(run, branch), step) or branch
 
 
 def choose_replay_name(branch: str, at: int) -> str:

@@ -7,8 +7,9 @@ from npo_cli.storage.costs import CostLine, costs_path, encode_cost
 from npo_cli.storage.files import check_time, damaged_file_error, now_utc
 from npo_cli.storage.jsonl import AppendResult, JsonlLog
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.types.rollouts import StepReport
+from npo_cli.storage.lineage import ancestry
+from npo_cli.storage.rollout_log import RolloutLog, open_rollouts
+from npo_cli.types.rollouts import GroupOutcome, StepReport
 
 
 def encode_metrics(report: StepReport) -> dict[str, Any]:
@@ -85,6 +86,15 @@ def list_trained_steps(run: RunDir, branch: str, log: RolloutLog) -> tuple[int, 
     staleness = run.read_recipe(branch).get("train", {}).get("staleness", 0)
     trained = max((row["step"] for row in read_metrics(run, branch)), default=0) if staleness else None
     return tuple(step for step in log.steps() if trained is None or step <= trained)
+
+
+def iter_outcomes(run: RunDir, branch: str, *, last_step: int | None = None) -> Iterator[GroupOutcome]:
+    """Every trained group on the branch's line of descent, oldest first, up to `last_step` (None: all)."""
+    for span in ancestry(run, branch):
+        log = open_rollouts(run.rollouts_path(span.branch))
+        for step in list_trained_steps(run, span.branch, log):
+            if span.contains(step) and (last_step is None or step <= last_step):
+                yield from log.iter_outcomes(step)
 
 
 class StepLog:

@@ -20,7 +20,7 @@ from npo_cli.storage.checkpoints import (
 )
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_owning_branch, list_branches, read_segments
+from npo_cli.storage.lineage import find_policy_branch, list_branches, read_segments
 from npo_cli.storage.sample_store import SampleStore, find_latest_scores, list_sample_stores
 
 BranchStep = tuple[str, int]
@@ -84,10 +84,10 @@ def apply_retention(
 def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
     """Checkpoints that unfinished work, or work that may be repeated, needs.
 
-    Fork points and teachers of branches; learner, guide and older copy of every guide cache; the older copies that an
-    extrapolated guide of a branch goes back to; learner and candidates of every unfinished scoring; learner and choice
-    of the newest finished one; both ends of an intervention that a branch's recipe plans; and all that AutoNPO may go
-    back to.
+    Fork points, teachers and merged checkpoints of branches; learner, guide and older copy of every guide cache; the
+    older copies that an extrapolated guide of a branch goes back to; learner and candidates of every unfinished
+    scoring; learner and choice of the newest finished one; both ends of an intervention that a branch's recipe plans;
+    and all that AutoNPO may go back to.
     """
     needed: set[BranchStep] = set()
     live = set(list_branches(run))
@@ -95,6 +95,7 @@ def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
         if segment.parent is not None and segment.branch in live:
             needed.add((segment.parent, segment.fork_step))
             needed |= {tuple(segment.teacher)} if segment.teacher else set()
+            needed |= set(segment.merged_checkpoints)
     own_guides = [info for info in list_guide_caches(run) if info.run_id == run.run_id]
     for info in own_guides:
         steps = (info.learner_step, info.guide_step, info.older_step)
@@ -111,7 +112,7 @@ def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
         needed |= {(branch, planned[end]) for end in ("at_step", "guide_step") if planned.get(end) is not None}
         needed |= find_extrapolation_checkpoints(run, branch)
     needed |= find_rollback_checkpoints(run)
-    return {(find_owning_branch(run, branch, step), step) for branch, step in needed}
+    return {(find_policy_branch(run, branch, step), step) for branch, step in needed}
 
 
 def find_extrapolation_checkpoints(run: RunDir, branch: str) -> set[BranchStep]:

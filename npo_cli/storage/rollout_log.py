@@ -139,6 +139,7 @@ class RolloutLog:
                 yield GroupOutcome(
                     prompt_id=row["prompt"]["prompt_id"],
                     step=step,
+                    num_rollouts=len(own),
                     num_correct=sum(rollout["verdict"] == "correct" and rollout["finished"] for rollout in own),
                     has_guide=len(own) < len(row["rollouts"]),
                 )
@@ -315,6 +316,9 @@ def check_rewards(rollout: Rollout, source: Path | str) -> None:
 def decode_rollout(row: dict[str, Any], source: Path | str) -> Rollout:
     """The rollout in one row, checked: rewards are finite, log-probabilities one per token and at most 0."""
     spans = tuple(decode_record(TokenSpan, span, source) for span in row.get("spans", ()))
+    for span in spans:
+        check_range(span, ("sampler_step",), source)
+        check_range(span, ("weight",), source, high=1)
     logps = _decode_logps(row, source)
     rollout = decode_record(Rollout, row | {"spans": (), "behavior_logps": logps}, source)
     if logps is not None and len(logps) != len(rollout.response_ids):

@@ -56,6 +56,7 @@ def plan_resume(
     steps: int | None,
     until: int | None = None,
     fresh: bool = False,
+    merge: str | None = None,
 ) -> Iterator[PlannedWork | Notice]:
     """The steps that would be trained, after the checks of `resume_run`."""
     run = open_run(root)
@@ -70,6 +71,7 @@ def plan_resume(
             steps=steps,
             until=until,
             fresh=fresh,
+            merge=merge,
         )
         with (
             open_dry_session(run, start.recipe, checkpoint=start.checkpoint) as session,

@@ -33,7 +33,9 @@ from npo_cli.rollout.batch import (
     select_cached_guides,
     update_failed_prompt_pool,
 )
+from npo_cli.rollout.mistakes import StandingMistakes, mistake_metrics
 from npo_cli.rollout.mixing import count_injections
+from npo_cli.rollout.prefix import prefix_metrics
 from npo_cli.rollout.queue import RolloutQueue
 from npo_cli.rollout.replay_buffer import buffer_metrics, build_replay_batch, update_buffer
 from npo_cli.session.session import Session, count_generated_tokens
@@ -69,6 +71,8 @@ class Trainer:
     """Frozen base model; None if the loss has no KL term."""
     target: ActiveTarget | None = None
     """Dense target of the branch; None without a teacher."""
+    mistakes: StandingMistakes | None = None
+    """Which prompts come first; None: the data order alone."""
     online_guide: OnlineExtrapolation | None = None
     """Guide that is sampled while batches are built; None: a guide cache or none."""
 
@@ -157,6 +161,7 @@ def open_queue(trainer: Trainer, state: TrainerState, *, last_step: int) -> Iter
         last_step=last_step,
         position=state.position,
         active_guide=trainer.active_guide,
+        mistakes=trainer.mistakes,
     )
     with closing(queue):
         queue.fill(state.step)
@@ -194,6 +199,7 @@ def run_step(
     ended = time.perf_counter()
 
     metrics = compute_step_metrics(session, batch, update, step=step, lr=lr)
+    metrics |= mistake_metrics(batch.mistakes, batch.on_policy)
     metrics |= target_metrics(target, samples, update) | entropy_coefs
     if replay_buffer is not None:
         metrics |= buffer_metrics(replay_buffer)
@@ -213,7 +219,7 @@ def run_step(
     if session.policy.device.type == "cuda":
         timings["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated(session.policy.device) / 1e6
     if batch.on_policy and not batch.is_recorded:
-        timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / sampling_seconds
+        timings["tokens_per_second"] = batch.num_generated_tokens / sampling_seconds
     report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
     warning = ""
     if trainer.steps.write(report) == "differs":
@@ -293,7 +299,8 @@ def build_step_batch(
         batch_plan = build_replay_batch(session, replay_buffer, **place)
     if target is not None and target.settings.group_size is not None:
         guides = select_cached_guides(trainer.active_guide, state.step + 1)
-        batch_plan = plan_next_batch(session, **place, guides=guides, group_size=target.settings.group_size)
+        size = target.settings.group_size
+        batch_plan = plan_next_batch(session, **place, guides=guides, group_size=size, mistakes=trainer.mistakes)
     batch = build_batch(
         session,
         trainer.rollouts,
@@ -301,6 +308,7 @@ def build_step_batch(
         active_guide=trainer.active_guide,
         batch_plan=batch_plan,
         online_guide=online_guide,
+        mistakes=trainer.mistakes,
     )
     if replay_buffer is not None:
         replay_buffer = update_buffer(session, batch, replay_buffer, sampler_step=state.step, position=state.position)
@@ -349,11 +357,11 @@ def compute_step_metrics(
         "completions/clipped_ratio": statistics.fmean(not rollout.finished for rollout in rollouts),
         "verify/unparseable": statistics.fmean(rollout.verdict == "unparseable" for rollout in rollouts),
         "verify/timeout": statistics.fmean(rollout.verdict == "timeout" for rollout in rollouts),
-        "tokens": tokens,
+        "tokens": batch.num_generated_tokens,
         **common,
     }
     if any(group.injection_status != "off" for group in batch.mixed):
-        metrics |= count_injections(batch.mixed)
+        metrics |= count_injections(batch.mixed) | prefix_metrics(batch.mixed)
     if update.grad_norm_fraction is not None:
         metrics["inject/grad_norm_fraction"] = update.grad_norm_fraction
     if session.recipe.sampling.dynamic:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.guides.dense_target import describe_target, open_teacher
+from npo_cli.guides.dense_target import open_teacher
 from npo_cli.guides.lazy import open_lazy_guide
 from npo_cli.guides.privileged import check_privileged_text
 from npo_cli.losses.importance_ratio import check_ratio_available
@@ -41,9 +41,17 @@ from npo_cli.storage.metrics import append_event
 from npo_cli.storage.sample_store import SampleStore
 from npo_cli.training.checkpointing import init_state_from_weights, restore_state
 from npo_cli.training.loop import grpo_steps
+from npo_cli.training.merge import merge_weights, save_merged_start
 from npo_cli.training.rollback import apply_rollback_settings
 from npo_cli.training.start_point import ResumePoint, choose_start
-from npo_cli.training.train import describe_batch_sizes, engine_warnings, init_state, make_paths_absolute, open_trainer
+from npo_cli.training.train import (
+    describe_batch_sizes,
+    engine_warnings,
+    init_state,
+    make_paths_absolute,
+    open_trainer,
+    trainer_notices,
+)
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointSaved, EvalReport, Notice, PromptSamples, Segment, TrainingRecord
 
@@ -59,10 +67,11 @@ def resume_run(
     steps: int | None,
     until: int | None = None,
     fresh: bool = False,
+    merge: str | None = None,
     stop: StopFlag | None = None,
 ) -> Iterator[TrainingRecord]:
     """Continue a branch (None: see `find_resume_target`) up to `until`, or fork it at `at` and mix in `guide` for
-    `steps` steps."""
+    `steps` steps, or start from weights that are merged by `merge`."""
     run = open_run(root)
     with lock_run(run), stop_between_steps(stop) as stop:
         start = choose_start(
@@ -75,6 +84,7 @@ def resume_run(
             steps=steps,
             until=until,
             fresh=fresh,
+            merge=merge,
         )
         with (
             open_session(run, start.recipe, checkpoint=start.checkpoint, trains=True) as session,
@@ -90,13 +100,14 @@ def resume_run(
             record_start(run, start, overrides)
             charge_startup(run, branch=start.branch, step=state.step)
             yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
+            if start.is_merge_due:
+                yield from save_merged_start(session, optimizer, state, branch=start.branch)
             yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(session.task.train)))
             yield from damage_warnings(run, start)
             yield from gate_warnings(run, start)
             yield from engine_warnings(session)
-            trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
-            if trainer.target is not None:
-                yield Notice(message=describe_target(trainer.target))
+            trainer = open_trainer(session, optimizer, branch=start.branch, step=state.step, active_guide=guidance)
+            yield from trainer_notices(trainer)
             yield from grpo_steps(trainer, state, stop, until=until)
             record_finish(run, start.branch)
 
@@ -134,7 +145,7 @@ def open_active_guide(session: Session, segment: Segment) -> Iterator[ActiveGuid
     if largest_id >= session.policy.model.get_input_embeddings().num_embeddings:
         path = SampleStore(session.run.guide_folder(info.name)).path
         raise damaged_file_error(path, f"the model has no token {largest_id}")
-    guide = ActiveGuide(rollouts=rollouts, until_step=segment.guide_until)
+    guide = ActiveGuide(rollouts=rollouts, until_step=segment.guide_until, start_step=segment.fork_step)
     with open_lazy_guide(session, info, guide) if info.lazy_settings else nullcontext(guide) as opened:
         yield opened
 
@@ -196,11 +207,14 @@ def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> N
 def load_first_state(
     session: Session, optimizer: Optimizer, start: ResumePoint
 ) -> Generator[EvalReport | CheckpointSaved, None, TrainerState]:
-    """The checkpoint's state, or that of a run that was killed before step 0 was saved."""
+    """The checkpoint's state, with merged weights where the branch starts from such, or the state of a run that was
+    killed before step 0 was saved."""
     if start.checkpoint is not None:
         restore = init_state_from_weights if start.has_fresh_optimizer else restore_state
         state = restore(session, optimizer, start.checkpoint)
         segment = start.segment if start.is_new else find_first_segment(session.run, start.branch)
+        if start.is_merge_due:
+            merge_weights(session, segment)
         return apply_rollback_settings(session, optimizer, state, branch_segment=segment)
     return (yield from init_state(session, optimizer))
 
@@ -217,4 +231,5 @@ def resume_message(start: ResumePoint, state: TrainerState, guidance: ActiveGuid
         where = f"{origin}: weights and data position {state.position} only"
     so_far = " so far" if guidance and guidance.sample_missing else ""
     suffix = f", {len(guidance.rollouts)} guide rollouts{so_far} until step {guidance.until_step}" if guidance else ""
-    return f"new branch {start.branch} from {where}{suffix}"
+    merged = f", merged with {start.segment.merge_spec}" if start.is_merge_due else ""
+    return f"new branch {start.branch} from {where}{suffix}{merged}"

@@ -1,5 +1,7 @@
 """Where training continues or forks, and whether the options fit: what `npo resume` finds out without a model."""
 
+import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from npo_cli.storage.checkpoints import (
 from npo_cli.storage.guide_cache import format_source_option, load_guide
 from npo_cli.storage.interrupted import find_resume_target
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_free_branch_name, find_main_branch, read_segments
+from npo_cli.storage.lineage import check_branch, find_free_branch_name, find_main_branch, read_segments
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Segment
 
@@ -39,6 +41,13 @@ class ResumePoint:
     has_fresh_optimizer: bool = False
     """Only weights are loaded from the checkpoint; the optimizer state is new."""
 
+    @property
+    def is_merge_due(self) -> bool:
+        """The branch has a merged start, which was not saved yet."""
+        return bool(self.segment.merged_checkpoints) and (
+            self.checkpoint is not None and self.checkpoint.branch != self.branch
+        )
+
 
 def choose_start(
     run: RunDir,
@@ -51,15 +60,32 @@ def choose_start(
     steps: int | None,
     until: int | None,
     fresh: bool,
+    merge: str | None = None,
 ) -> ResumePoint:
     """Where training continues or forks; refused if no step is left, or if an option does not fit."""
-    replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
+    replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps, "--merge": merge}
     again = format_command(run.root, **{"--branch": source_branch, "--at": at}, **replay)
     if at is None:
         check_replay_options(again, **replay)
         start = find_resume_point(run, source_branch, overrides)
     else:
-        start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
+        if merge is not None and (guide is not None or fresh):
+            option = "--guide" if guide is not None else "--fresh-optimizer"
+            raise NpoError(
+                f"--merge is not available with {option}",
+                f"merge first: {format_command(run.root, **{'--branch': source_branch, '--at': at, '--merge': merge})} "
+                f"--no-guide --until {at + 1}",
+            )
+        start = fork(
+            run,
+            source_branch,
+            at,
+            overrides=overrides,
+            guide=guide,
+            new_branch=new_branch,
+            steps=steps,
+            merge=merge,
+        )
         start = replace(start, has_fresh_optimizer=fresh)
     check_steps_left(run, start, command=again, until=until)
     return start
@@ -72,7 +98,7 @@ def format_command(root: Path, **options: str | int | None) -> str:
 
 
 def check_replay_options(again: str, **options: str | int | None) -> None:
-    """`--guide`, `--new-branch` and `--steps` describe a fork, which needs `--at`."""
+    """`--guide`, `--new-branch`, `--steps` and `--merge` describe a fork, which needs `--at`."""
     for name, value in options.items():
         if value is not None:
             raise NpoError(f"{name} needs --at STEP", f"{again} --at STEP")
@@ -117,8 +143,10 @@ def fork(
     guide: str | None,
     new_branch: str | None,
     steps: int | None,
+    merge: str | None = None,
 ) -> ResumePoint:
-    """A new branch at step `at`; the guide is used for the steps it was sampled for, or for `steps`."""
+    """A new branch at step `at`; the guide is used for the steps it was sampled for, or for `steps`. `merge`: SPEC of
+    its merged start."""
     info = None if guide is None else load_guide(run, guide)[0]
     if info is None and steps is not None:
         raise NpoError("--steps needs --guide NAME", "add --guide NAME")
@@ -137,7 +165,43 @@ def fork(
     teacher_step = find_teacher_step(run, recipe, parent=parent, fork_step=at)
     teacher = None if teacher_step is None else (parent, teacher_step)
     segment = Segment(branch=branch, parent=parent, fork_step=at, guide_cache=guide, guide_until=until, teacher=teacher)
+    if merge is not None:
+        segment = add_merge(run, segment, merge, recipe)
     return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
+
+
+MERGE_SPEC = re.compile(r"(?P<plus>[^,:]+:\d+)(,minus=(?P<minus>[^,:]+:\d+))?,weight=(?P<weight>[^,]+)")
+MERGE_FORM = "BRANCH:STEP[,minus=BRANCH:STEP],weight=W"
+
+
+def add_merge(run: RunDir, segment: Segment, spec: str, recipe: Recipe) -> Segment:
+    """The segment with the merged start that a SPEC describes: theta + W (theta_plus - theta_minus), theta_minus being
+    the checkpoint that is forked where it is not named. Refused without these checkpoints, and for adapters."""
+    found = MERGE_SPEC.fullmatch(spec)
+    try:
+        weight = float(found["weight"]) if found else 0.0
+    except ValueError:
+        weight = 0.0
+    if found is None or not math.isfinite(weight) or not weight:
+        raise NpoError(f"--merge {spec} cannot be read", f"write --merge {MERGE_FORM}, such as main:80,weight=0.5")
+    if recipe.model.lora.rank is not None:
+        raise NpoError(
+            "--merge is not available with model.lora.rank: the sum of three adapters has three times their rank",
+            "train all weights: npo train RECIPE NEW_RUN model.lora.rank=null",
+        )
+    assert segment.parent is not None
+    places = [(segment.parent, segment.fork_step)]
+    for name in ("plus", "minus"):
+        if found[name] is not None:
+            branch, _, step = found[name].partition(":")
+            check_branch(run, branch)
+            places.append((branch, find_checkpoint(run, branch, int(step)).step))
+    plus, minus = places[1], places[-1] if found["minus"] else places[0]
+    if plus == minus:
+        raise NpoError(
+            f"--merge {spec} adds nothing: theta_plus and theta_minus are one checkpoint", "name another one"
+        )
+    return replace(segment, merge_weight=weight, merge_plus=plus, merge_minus=minus)
 
 
 def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:

@@ -20,6 +20,7 @@ from npo_cli.policy.model_folder import decide_chat
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.registry import TASKS
 from npo_cli.rollout.batch import ActiveGuide, check_sft_guide
+from npo_cli.rollout.mistakes import StandingMistakes, describe_order
 from npo_cli.session.distributed import shard_policy
 from npo_cli.session.session import Session, build_session, open_policy, open_task, record_code_permissions
 from npo_cli.session.startup import begin_session, charge_startup
@@ -29,7 +30,7 @@ from npo_cli.storage.interrupted import record_finish
 from npo_cli.storage.layout import RunDir, check_unused, create_run
 from npo_cli.storage.lineage import append_segment, find_first_segment
 from npo_cli.storage.lock import lock_run
-from npo_cli.storage.metrics import StepLog, append_event
+from npo_cli.storage.metrics import StepLog, append_event, iter_outcomes
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.tasks.custom_verifier import is_custom_verifier
 from npo_cli.training.checkpointing import save_checkpoint
@@ -55,9 +56,8 @@ def train_run(
         yield from startup_warnings(session, last_step=until)
         optimizer = build_optimizer(session.policy.model, session.recipe.train)
         state = yield from init_state(session, optimizer)
-        trainer = open_trainer(session, optimizer, branch=MAIN, active_guide=None)
-        if trainer.target is not None:
-            yield Notice(message=describe_target(trainer.target))
+        trainer = open_trainer(session, optimizer, branch=MAIN, step=state.step, active_guide=None)
+        yield from trainer_notices(trainer)
         yield from grpo_steps(trainer, state, stop, until=until)
         record_finish(session.run, MAIN)
 
@@ -185,14 +185,26 @@ def init_state(session: Session, optimizer: Optimizer) -> Generator[EvalReport |
     return state
 
 
-def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_guide: ActiveGuide | None) -> Trainer:
-    """Repair the logs after a kill, and load the frozen reference model if the loss has a KL term."""
+def trainer_notices(trainer: Trainer) -> Iterator[Notice]:
+    """What differs from GRPO in the data order."""
+    if trainer.target is not None:
+        yield Notice(message=describe_target(trainer.target))
+    if trainer.mistakes is not None:
+        yield Notice(message=describe_order(trainer.mistakes))
+
+
+def open_trainer(
+    session: Session, optimizer: Optimizer, *, branch: str, step: int, active_guide: ActiveGuide | None
+) -> Trainer:
+    """Repair the logs after a kill, and load the frozen reference model if the loss has a KL term. `step`: the last one
+    that was trained."""
     run = session.run
     steps, rollouts = (
         StepLog(run, branch, updates_per_step=session.recipe.train.num_updates),
         RolloutLog(run.rollouts_path(branch)),
     )
     rollouts.repair()
+    fork_step = find_first_segment(run, branch).fork_step
     reference = load_reference_policy(session) if session.recipe.loss.kl_coef > 0 else None
     return Trainer(
         session=session,
@@ -201,20 +213,33 @@ def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_
         rollouts=rollouts,
         branch=branch,
         seed_name=find_seed_name(run, branch),
-        fork_step=find_first_segment(run, branch).fork_step,
+        fork_step=fork_step,
         active_guide=active_guide,
         reference=reference,
-        target=open_target(session, branch),
+        target=open_target(session, fork_step),
+        mistakes=open_mistakes(session, branch, fork_step=fork_step, step=step),
         online_guide=open_online_guide(session, branch),
     )
 
 
-def open_target(session: Session, branch: str) -> ActiveTarget | None:
+def open_target(session: Session, fork_step: int) -> ActiveTarget | None:
     """The dense target of a branch, if its recipe has one."""
     if session.teacher is None:
         return None
-    fork_step = find_first_segment(session.run, branch).fork_step
     return ActiveTarget(settings=session.recipe.target, teacher=session.teacher, fork_step=fork_step)
+
+
+def open_mistakes(session: Session, branch: str, *, fork_step: int, step: int) -> StandingMistakes | None:
+    """The standing mistakes of a branch's record up to `step`, if they come first."""
+    order, gate = session.recipe.order, session.recipe.guide.inject.max_accuracy
+    if not order.mistakes:
+        return None
+    return StandingMistakes(
+        order,
+        threshold=gate if order.threshold is None else order.threshold,
+        fork_step=fork_step,
+        outcomes=iter_outcomes(session.run, branch, last_step=step),
+    )
 
 
 def load_reference_policy(session: Session) -> Policy:

@@ -122,6 +122,9 @@ def build_loss_inputs(samples: Sequence[TrainingSample], *, like: Tensor) -> Los
     """The samples padded as `like` `(N, T)`, and their spans as masks per token."""
     behavior_NT, old_NT = torch.full_like(like, math.nan), None
     mask_NT, off_policy_NT, unclipped_NT = (torch.zeros_like(like, dtype=torch.bool) for _ in range(3))
+    weights_NT = None
+    if any(span.weight != 1 for sample in samples for span in sample.spans):
+        weights_NT = torch.ones_like(like)
     if samples[0].old_logps_T is not None:
         old_NT = torch.zeros_like(like)
     for row, sample in enumerate(samples):
@@ -130,6 +133,8 @@ def build_loss_inputs(samples: Sequence[TrainingSample], *, like: Tensor) -> Los
             mask_NT[row, tokens] = span.is_trained
             off_policy_NT[row, tokens] = span.is_off_policy
             unclipped_NT[row, tokens] = not (sample.clip_off_policy if span.is_off_policy else sample.clip_on_policy)
+            if weights_NT is not None:
+                weights_NT[row, tokens] = span.weight
             if span.has_logprobs and sample.behavior_logps is not None:
                 behavior_NT[row, tokens] = torch.tensor(sample.behavior_logps[tokens], device=like.device)
         if old_NT is not None and sample.old_logps_T is not None:
@@ -141,6 +146,7 @@ def build_loss_inputs(samples: Sequence[TrainingSample], *, like: Tensor) -> Los
         advantages_N=torch.tensor([sample.advantage for sample in samples], device=like.device),
         old_logps_NT=old_NT,
         unclipped_NT=unclipped_NT,
+        token_weights_NT=weights_NT,
     )
 
 

@@ -98,6 +98,8 @@ class TokenSpan:
     """Whether the rollout's `behavior_logps` are known here; where not, their values are never read."""
     is_trained: bool = True
     """Whether the tokens enter the loss."""
+    weight: float = 1.0
+    """Factor on their policy loss, in (0, 1]."""
 
     @property
     def is_off_policy(self) -> bool:
@@ -248,8 +250,10 @@ class GroupOutcome:
 
     prompt_id: str
     step: int
+    num_rollouts: int
+    """On-policy rollouts."""
     num_correct: int
-    """On-policy rollouts verified correct."""
+    """How many of them were verified correct."""
     has_guide: bool
     """Whether another policy sampled any of its tokens."""
 
@@ -270,8 +274,28 @@ class Segment:
     teacher: tuple[str, int] | None = None
     """Branch and step of the checkpoint that is the teacher of the branch's dense target; None without one of this
     run."""
+    merge_weight: float | None = None
+    """w of a merged start: the branch starts from theta + w (theta_plus - theta_minus), theta being the checkpoint that
+    it was forked from; None: from theta itself."""
+    merge_plus: tuple[str, int] | None = None
+    """Branch and step of theta_plus; None without a merged start."""
+    merge_minus: tuple[str, int] | None = None
+    """Branch and step of theta_minus."""
     removed: tuple[str, ...] = ()
     """Not empty: the branch ends here (`npo rm`); folders that were deleted, relative to the run directory."""
+
+    @property
+    def merged_checkpoints(self) -> tuple[tuple[str, int], ...]:
+        """Branch and step of theta_plus and theta_minus of a merged start; none without one."""
+        return tuple((branch, step) for branch, step in filter(None, (self.merge_plus, self.merge_minus)))
+
+    @property
+    def merge_spec(self) -> str:
+        """What `--merge` was given, such as `main:80,minus=main:40,weight=0.25`; empty without a merged start."""
+        if not self.merged_checkpoints:
+            return ""
+        plus, minus = (f"{branch}:{step}" for branch, step in self.merged_checkpoints)
+        return f"{plus},minus={minus},weight={self.merge_weight!r}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -235,7 +235,7 @@ def test_report_of_unreadable_runs_is_refused_before_writing(guided, tmp_path):
 
 
 def mark(step: int, *, right: int = 0, injected: bool = False) -> GroupOutcome:
-    return GroupOutcome(prompt_id="", step=step, num_correct=right, has_guide=injected)
+    return GroupOutcome(prompt_id="", step=step, num_rollouts=8, num_correct=right, has_guide=injected)
 
 
 def test_report_samples_are_spread_over_steps_with_injection():

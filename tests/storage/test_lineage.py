@@ -5,11 +5,13 @@ import pytest
 from npo_cli.errors import NpoError
 from npo_cli.storage.layout import create_run
 from npo_cli.storage.lineage import (
+    Span,
     ancestry,
     append_segment,
     find_free_branch_name,
     find_newest_branch,
     find_owning_branch,
+    find_policy_branch,
     list_branches,
     read_segments,
 )
@@ -41,10 +43,42 @@ def test_descent_goes_back_to_the_first_branch(tmp_path):
     fork(run, "c", parent="b", at=120)
     fork(run, "d", parent="b", at=40)  # before b began: b gave nothing
     fork(run, "e", parent="main", at=0)
-    assert ancestry(run, "main") == [("main", 0, None)]
-    assert ancestry(run, "c") == [("main", 0, 80), ("b", 80, 120), ("c", 120, None)]
-    assert ancestry(run, "d") == [("main", 0, 40), ("d", 40, None)]
-    assert ancestry(run, "e") == [("main", 0, 0), ("e", 0, None)]
+    assert ancestry(run, "main") == [Span("main", 0, None)]
+    assert ancestry(run, "c") == [Span("main", 0, 80), Span("b", 80, 120), Span("c", 120, None)]
+    assert ancestry(run, "d") == [Span("main", 0, 40), Span("d", 40, None)]
+    assert ancestry(run, "e") == [Span("main", 0, 0), Span("e", 0, None)]
+
+
+def test_weights_of_a_merged_start_are_the_branch_s_own_and_its_training_the_parent_s(tmp_path):
+    run = new_run(tmp_path)
+    fork(run, "late", parent="main", at=40)
+    merged = Segment(
+        branch="merged",
+        parent="late",
+        fork_step=80,
+        guide_cache=None,
+        guide_until=None,
+        merge_weight=0.25,
+        merge_plus=("main", 80),
+        merge_minus=("main", 40),
+    )
+    append_segment(run, merged)
+    fork(run, "again", parent="merged", at=80)
+    fork(run, "before", parent="merged", at=60)
+    line = [Span("main", 0, 40), Span("late", 40, 80), Span("merged", 80, None, True)]
+    assert ancestry(run, "merged") == line
+    assert [find_policy_branch(run, "merged", step) for step in (40, 79, 80, 81)] == [
+        "main",
+        "late",
+        "merged",
+        "merged",
+    ]
+    assert [find_owning_branch(run, "merged", step) for step in (79, 80, 81)] == ["late", "late", "merged"]
+    # What was forked from the merged start has it in its line, what was forked before has not.
+    assert ancestry(run, "again") == [*line[:2], Span("merged", 80, 80, True), Span("again", 80, None)]
+    assert find_policy_branch(run, "again", 80) == "merged"
+    assert find_policy_branch(run, "before", 60) == "late"
+    assert read_segments(run)[2].merge_spec == "main:80,minus=main:40,weight=0.25"
 
 
 def test_a_step_belongs_to_the_branch_that_made_it(tmp_path):

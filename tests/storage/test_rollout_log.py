@@ -212,7 +212,9 @@ def test_rollout_spans_are_recorded_only_where_provenance_differs(tmp_path):
     assert log.read_step(1) == (recorded,)
     rows = json.loads(log.path.read_text())["rollouts"]
     assert "spans" not in rows[0]
-    assert rows[1]["spans"] == [
+    shown = [{name: value for name, value in span.items() if name != "weight"} for span in rows[1]["spans"]]
+    assert [span["weight"] for span in rows[1]["spans"]] == [1.0, 1.0]
+    assert shown == [
         {"start": 0, "end": 1, "source": "guide", "sampler_step": 9, "has_logprobs": False, "is_trained": True},
         {"start": 1, "end": 2, "source": "own", "sampler_step": 0, "has_logprobs": True, "is_trained": False},
     ]

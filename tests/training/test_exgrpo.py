@@ -8,7 +8,8 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.policy.optimizer import read_trainer_state
-from npo_cli.rollout.replay_buffer import build_replay_batch, next_prompts, select_successes
+from npo_cli.rollout.batch import draw_from_order
+from npo_cli.rollout.replay_buffer import build_replay_batch, select_successes, skip_retired
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
@@ -129,13 +130,14 @@ def test_exgrpo_skips_retired_prompts_from_the_next_epoch(replaying):
     size = len(session.task.train)
     first = session.task.train[session.order.indices(size, 1)[0]]
     retired = ReplayBuffer(is_collecting=True, retired_epochs={first.prompt_id: 0})
-    (found, position) = next_prompts(session, retired, size, count=2)
+    (found, position) = draw_from_order(session, size, count=2, skips=skip_retired(session, retired))
     assert first not in [prompt for _, prompt in found]
     assert position == size + 3
     same_epoch = ReplayBuffer(is_collecting=True, retired_epochs={first.prompt_id: 1})
-    assert next_prompts(session, same_epoch, size, count=2)[1] == size + 2
+    assert draw_from_order(session, size, count=2, skips=skip_retired(session, same_epoch))[1] == size + 2
     everyone = ReplayBuffer(is_collecting=True, retired_epochs={prompt.prompt_id: 0 for prompt in session.task.train})
-    assert next_prompts(session, everyone, size, count=2)[1] == size + 2, "a batch is never short"
+    skips = skip_retired(session, everyone)
+    assert draw_from_order(session, size, count=2, skips=skips)[1] == size + 2, "a batch is never short"
 
 
 def test_exgrpo_prompt_is_in_a_batch_once(replaying):
