@@ -645,7 +645,6 @@ class Recipe(Settings):
             return self
         kind, group_size = f"target.kind={self.target.kind}", self.target.group_size
         reasons = {
-            "train.staleness above 0": bool(self.train.staleness),
             "guide.experience.replay_fraction": bool(self.guide.experience.replay_fraction),
             "guide.source=extrapolated": self.uses_extrapolation,
         }

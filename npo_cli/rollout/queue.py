@@ -12,14 +12,21 @@ Of several ranks, rank 0 has the thread, and sends each batch to the others when
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from npo_cli.activity import Activity, report_activity
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.rollout.batch import ActiveGuide, StepBatch, assemble_batch, record_batch
+from npo_cli.rollout.batch import (
+    ActiveGuide,
+    StepBatch,
+    assemble_batch,
+    plan_next_batch,
+    record_batch,
+    select_cached_guides,
+)
 from npo_cli.rollout.mistakes import StandingMistakes
 from npo_cli.session.producer import QueueEngine
 from npo_cli.session.session import Session
@@ -61,12 +68,15 @@ class RolloutQueue:
         last_step: int,
         position: int,
         active_guide: ActiveGuide | None,
+        choose_group_size: Callable[[int], int | None],
         mistakes: StandingMistakes | None = None,
     ) -> None:
+        """`choose_group_size`: rollouts per prompt of a step; None: train.group_size."""
         assert session.producer is not None, "train.staleness is above 0"
         self.session, self.log, self.branch, self.seed_name = session, log, branch, seed_name
         self.fork_step, self.last_step = fork_step, last_step
         self.active_guide, self.mistakes = active_guide, mistakes
+        self.choose_group_size = choose_group_size
         self.staleness = session.recipe.train.staleness
         self._engine = QueueEngine(session.producer, session.policy)
         self._batches: dict[int, QueuedBatch] = {}
@@ -154,6 +164,18 @@ class RolloutQueue:
             began = time.perf_counter()
             try:
                 with session.distributed.main_section():
+                    batch_plan = None
+                    group_size = self.choose_group_size(batch.step)
+                    if group_size is not None:
+                        batch_plan = plan_next_batch(
+                            session,
+                            seed_name=self.seed_name,
+                            step=batch.step,
+                            position=position,
+                            guides=select_cached_guides(self.active_guide, batch.step),
+                            group_size=group_size,
+                            mistakes=self.mistakes,
+                        )
                     built = assemble_batch(
                         session,
                         batch.recorded,
@@ -163,6 +185,7 @@ class RolloutQueue:
                         position=position,
                         active_guide=self.active_guide,
                         mistakes=self.mistakes,
+                        batch_plan=batch_plan,
                     )
             except Exception as error:  # raised by the learner, who waits for it
                 batch.built.set_exception(error)

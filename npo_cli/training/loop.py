@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.optim import Optimizer
@@ -161,6 +162,7 @@ def open_queue(trainer: Trainer, state: TrainerState, *, last_step: int) -> Iter
         last_step=last_step,
         position=state.position,
         active_guide=trainer.active_guide,
+        choose_group_size=partial(choose_group_size, trainer.target),
         mistakes=trainer.mistakes,
     )
     with closing(queue):
@@ -178,7 +180,7 @@ def run_step(
     online_guide = select_online_guide(trainer, state)
     target = select_target(trainer, step)
     if queue is None:
-        batch, replay_buffer = build_step_batch(trainer, state, online_guide, target)
+        batch, replay_buffer = build_step_batch(trainer, state, online_guide)
         sampled = time.perf_counter()
         sampling_seconds = sampled - started
     else:
@@ -279,6 +281,12 @@ def select_target(trainer: Trainer, step: int) -> StepTarget | None:
     return trainer.target.at_step(step, privileged=privileged)
 
 
+def choose_group_size(target: ActiveTarget | None, step: int) -> int | None:
+    """Rollouts per prompt of a step in the window of a dense target; None: train.group_size."""
+    active = None if target is None else target.at_step(step)
+    return None if active is None else active.settings.group_size
+
+
 def select_online_guide(trainer: Trainer, state: TrainerState) -> OnlineGuide | None:
     """The online guide of the next step; None while a guide cache is active, which has the slots to itself."""
     cache_is_active = trainer.active_guide is not None and state.step < trainer.active_guide.until_step
@@ -286,7 +294,7 @@ def select_online_guide(trainer: Trainer, state: TrainerState) -> OnlineGuide | 
 
 
 def build_step_batch(
-    trainer: Trainer, state: TrainerState, online_guide: OnlineGuide | None, target: StepTarget | None
+    trainer: Trainer, state: TrainerState, online_guide: OnlineGuide | None
 ) -> tuple[StepBatch, ReplayBuffer | None]:
     """The step's batch and the replay buffer after it; with ExGRPO a part of the prompts is replayed. A dense target
     may have a group size of its own. With train.objective=sft nothing is sampled."""
@@ -297,10 +305,10 @@ def build_step_batch(
     place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
     if replay_buffer is not None and replay_buffer.is_collecting:
         batch_plan = build_replay_batch(session, replay_buffer, **place)
-    if target is not None and target.settings.group_size is not None:
+    group_size = choose_group_size(trainer.target, state.step + 1)
+    if group_size is not None:
         guides = select_cached_guides(trainer.active_guide, state.step + 1)
-        size = target.settings.group_size
-        batch_plan = plan_next_batch(session, **place, guides=guides, group_size=size, mistakes=trainer.mistakes)
+        batch_plan = plan_next_batch(session, **place, guides=guides, group_size=group_size, mistakes=trainer.mistakes)
     batch = build_batch(
         session,
         trainer.rollouts,

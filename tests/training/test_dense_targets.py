@@ -330,7 +330,6 @@ def test_teacher_is_on_the_bill_and_protected(scout, tmp_path):
         ([*WEIGH, "target.top_k=5"], "target.top_k has no effect with target.kind=token_weight"),
         ([*WEIGH, "target.weight=2"], "target.weight must be at most 1 with target.kind=token_weight"),
         ([*DISTILL, "target.schedule=linear"], "target.schedule=linear needs the length of the window"),
-        ([*DISTILL, "train.staleness=1"], "is not available with train.staleness above 0"),
         ([*DISTILL, "guide.experience.replay_fraction=0.5"], "not available with guide.experience.replay_fraction"),
         ([*DISTILL, "guide.source=extrapolated"], "is not available with guide.source=extrapolated"),
         ([*DISTILL, "sampling.dynamic=true"], "sampling.dynamic=true drops groups without advantages"),

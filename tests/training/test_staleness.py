@@ -52,6 +52,11 @@ KINDS = {
     "behavior policy as old policy": ("loss.old_policy=behavior",),
     "lora": LORA,
     "evaluation": ("eval.every=2",),
+    "dense target": (
+        *("target.kind=distribution", "target.teacher=model:micro-base"),
+        *("target.start_step=1", "target.num_steps=4", "target.group_size=2"),
+    ),
+    "token weights": ("target.kind=token_weight", "target.teacher=policy", "target.privileged=answer"),
 }
 FAST = ("plain", "lora")
 
