@@ -616,6 +616,7 @@ class Recipe(Settings):
             "sampling.dynamic=true": self.sampling.dynamic,
             "guide.experience.replay_fraction": bool(self.guide.experience.replay_fraction),
             "guide.source=extrapolated": self.uses_extrapolation,
+            "order.mistakes": bool(self.order.mistakes),
         }
         for name, is_set in reasons.items():
             if is_set:

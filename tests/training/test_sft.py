@@ -101,6 +101,7 @@ def test_resume_of_sft_between_checkpoints_is_bitwise_identical(tmp_path, overri
         ("sampling.dynamic=true",),
         ("guide.experience.replay_fraction=0.5",),
         ("guide.source=extrapolated",),
+        ("order.mistakes=0.5",),
     ],
 )
 def test_sft_is_refused_with_what_needs_rollouts(overrides):
