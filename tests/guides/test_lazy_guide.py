@@ -26,6 +26,7 @@ from tests.helpers.runs import (
 LAZY = ("guide.cache.lazy=true",)
 GATED = ("guide.inject.max_accuracy=0.25",)
 """Of four responses at most one is correct."""
+ALL_WRONG = ("guide.inject.max_accuracy=0",)
 STEPS = range(3, 7)
 
 
@@ -122,3 +123,38 @@ def test_lazy_guide_of_changed_weights_is_refused(learner, tmp_path):
     path.write_text(json.dumps(info | {"guide_digest": "0" * 64}))
     with pytest.raises(NpoError, match="guide_digest"):
         resume(root, *GATED, at=2, guide="near")
+
+
+@pytest.fixture(scope="module")
+def onward(learner, tmp_path_factory) -> Path:
+    """From the newest step, 6, on: the policy extrapolated from two steps back is asked for all-wrong groups."""
+    root = copy_run(learner, tmp_path_factory.mktemp("onward") / "run")
+    sample(root, *LAZY, *ALL_WRONG, source="extrapolated:weights,k=2,a=1", at=6, name="ahead", steps=3)
+    resume(root, *ALL_WRONG, "train.num_steps=9", at=6, guide="ahead")
+    return root
+
+
+def test_lazy_guide_without_a_rollback_is_asked_for_all_wrong_groups_alone(onward):
+    log = RolloutLog(open_run(onward).rollouts_path("ahead"))
+    groups = [group for step in (7, 8, 9) for group in log.read_step(step)]
+    wrong = {group.prompt.prompt_id for group in groups if group.on_policy.num_correct == 0}
+    asked = read_guide_prompts(open_run(onward).guide_folder("ahead"))
+    assert set(asked) == wrong < {group.prompt.prompt_id for group in groups}
+    for group in groups:
+        kept = asked[group.prompt.prompt_id].rollouts if group.prompt.prompt_id in wrong else ()
+        expected = "injected" if kept else "no_guide"
+        assert group.injection_status == (expected if group.on_policy.num_correct == 0 else "gate_closed")
+    # Nothing is thrown away: main's 6 steps, 3 more, and the guide's samples.
+    cost = cost_at(open_run(onward), "ahead", 9)
+    lines = list(read_cost_lines(open_run(onward)))
+    assert cost.steps == 9
+    assert cost.tokens == sum(line.tokens for line in lines if line.kind in ("train", "guide_cache"))
+
+
+@pytest.mark.slow
+def test_lazy_guide_without_a_rollback_killed_and_resumed_is_bitwise_identical(learner, onward, tmp_path):
+    root = copy_run(learner, tmp_path / "run")
+    sample(root, *LAZY, *ALL_WRONG, source="extrapolated:weights,k=2,a=1", at=6, name="ahead", steps=3)
+    stop_after(start_resume(root, *ALL_WRONG, "train.num_steps=9", at=6, guide="ahead"), 7)
+    resume(root)
+    assert reproducible_digests(root, "ahead") == reproducible_digests(onward, "ahead")

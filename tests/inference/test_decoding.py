@@ -1,6 +1,7 @@
 """Continuous batching: responses that enter, leave and move among rows are those of each seed alone."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,17 @@ def test_long_tailed_lengths_cost_at_most_1_3_rows_per_token(monkeypatch):
     assert costs["loop"].tokens == costs["generate"].tokens == sum(lengths)
     assert costs["loop"].row_steps <= 1.3 * sum(lengths)
     assert costs["generate"].row_steps > 2 * sum(lengths)
+
+
+def test_request_with_a_limit_of_its_own_gets_the_beginning_of_the_same_response():
+    engine, requests = open_engine(qwen, max_rows=3), make_requests((1, 30, 2, 17), num_slots=2)
+    whole = generate(engine, requests, max_new_tokens=20)
+    limits = [1 + place for place in range(len(requests))]
+    limited = [replace(one, max_new_tokens=limit) for one, limit in zip(requests, limits, strict=True)]
+    for sample, found, limit in zip(whole, generate(engine, limited, max_new_tokens=20), limits, strict=True):
+        assert found.response_ids == sample.response_ids[:limit]
+        assert found.logps == pytest.approx(sample.logps[:limit], abs=1e-5)
+        assert found.finished is (sample.finished and len(sample.response_ids) <= limit)
 
 
 def test_requests_enter_in_the_order_of_their_prompts():

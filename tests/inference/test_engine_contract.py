@@ -174,6 +174,8 @@ def test_engine_must_return_a_sample_per_request_with_a_log_probability_per_toke
     ):
         with pytest.raises(RunFailed, match=message):
             check_samples([request], [wrong], kind="copy")
+    with pytest.raises(RunFailed, match="2 tokens for a request of at most 1"):
+        check_samples([replace(request, max_new_tokens=1)], [right], kind="copy")
 
 
 def test_engine_without_support_for_images_or_adapters_is_refused():
