@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from npo_cli.experiments.bench_plan import BenchRun, build_commands, check_plan
 from npo_cli.storage.cost_sums import cost_at
@@ -75,3 +77,15 @@ def test_token_weight_extrapolated_weighs_tokens_by_an_older_copy(tmp_path):
     assert sum(row["target/tokens"] for row in rows) > 0
     # Nothing but the steps themselves was trained for it.
     assert cost_at(open_run(root), "control", 24).steps == 24
+
+
+def test_rl_extra_extends_the_motion_of_training(tmp_path):
+    root, rows = train_by_plan(tmp_path, "rl-extra")
+    assert [row["step"] for row in rows] == [23, 24]
+    weights = [
+        load_file(open_run(root).checkpoint_folder(branch, step) / "model.safetensors")
+        for branch, step in (("jumped", 22), ("main", 22), ("main", 20))
+    ]
+    for name, jumped in weights[0].items():
+        now, before = (each[name] for each in weights[1:])
+        assert torch.allclose(jumped, 1.25 * now - 0.25 * before, atol=1e-6)

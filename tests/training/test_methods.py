@@ -133,7 +133,7 @@ def test_methods_are_in_both_tracks():
     table = {"grpo", "luffy", "exgrpo", "rlep", "npo-early", "npo-late", "npo", "autonpo"}
     # Without a published recipe for this trainer:
     dense = {"distill", "token-weight", "rlsd", "b-opsd", "policy-reheater"}
-    rivals = {"sft-then-grpo", "adaptive-entropy", "mistakes-first", "rejoin", "prefix", "lazy-guide"}
+    rivals = {"sft-then-grpo", "adaptive-entropy", "mistakes-first", "rejoin", "prefix", "lazy-guide", "rl-extra"}
     for track, names in (("matched", table | dense | rivals), ("reference", table)):
         assert {name.partition("/")[2] for name in list_method_names() if name.startswith(track)} == names
     authors = {name.partition("/")[2] for name in list_method_names() if name.startswith("authors/")}
