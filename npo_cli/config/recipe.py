@@ -628,7 +628,6 @@ class Recipe(Settings):
         reasons = {
             "sampling.dynamic=true, which samples until groups are mixed": self.sampling.dynamic,
             "guide.experience.replay_fraction, which chooses prompts itself": self.guide.experience.replay_fraction,
-            "train.objective=sft, which samples no rollouts": self.train.objective == "sft",
         }
         for name, is_set in reasons.items():
             if self.order.mistakes and is_set:

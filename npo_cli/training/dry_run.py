@@ -95,7 +95,13 @@ def plan_resume(
             )
             if guidance is not None:
                 name, end = start.segment.guide_cache, min(last, guidance.until_step)
-                yield PlannedWork(work=f"inject guide {name}", steps=f"{first}-{end}", prompts=len(guidance.rollouts))
+                train, inject = start.recipe.train, start.recipe.guide.inject
+                work = PlannedWork(work=f"inject guide {name}", steps=f"{first}-{end}", prompts=len(guidance.rollouts))
+                if inject.prefix.fraction:
+                    samples = (end - first + 1) * train.prompts_per_step * inject.slots
+                    max_tokens = samples * start.recipe.sampling.max_new_tokens
+                    work = replace(work, work=f"continue guide {name}", samples=samples, max_tokens=max_tokens)
+                yield work
             yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
 
 

@@ -14,6 +14,7 @@ from npo_cli.rollout.prefix import choose_length
 from npo_cli.session.session import Session
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.training.dry_run import plan_resume
 from npo_cli.training.update import build_training_samples
 from tests.distributed.test_two_processes import assert_same_metrics
 from tests.helpers.guide_trajectories import correct_trajectory, make_active_guide, override_settings
@@ -163,6 +164,14 @@ def test_prefix_slots_are_trained_and_on_the_step_s_bill(prefixed):
         assert row["inject/continued_tokens"] > 0 < row["inject/prefix_tokens"]
     # The guide is for steps 3 and 4.
     assert "inject/prefix_tokens" not in rows[2]
+
+
+def test_dry_run_counts_a_continuation_per_slot_and_step(scout):
+    options = {"at": 2, "guide": "near", "source_branch": None, "new_branch": None, "steps": None}
+    planned = list(plan_resume(scout, overrides=(*PREFIX, SIX), **options))
+    (work,) = [one for one in planned if getattr(one, "work", "") == "continue guide near"]
+    # Steps 3 and 4, 4 prompts, 1 slot, at most 18 tokens.
+    assert (work.steps, work.samples, work.max_tokens) == ("3-4", 8, 8 * 18)
 
 
 KINDS = {
