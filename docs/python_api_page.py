@@ -9,13 +9,13 @@ from typing import Any
 import npo_cli as npo
 from npo_cli.registry import REGISTRIES, Registry
 
-STAGES = ("train", "resume", "score", "sample_guide", "evaluate", "compare")
+STAGES = ("train", "resume", "scout", "score", "sample_guide", "evaluate", "compare")
 RESULTS = ("TrainingResult", "ScoreResult", "CompareResult")
 RECORDS = ("StepReport", "EvalReport", "CheckpointSaved", "CandidateScore", "GuideChoice", "GuideCacheInfo", "Notice")
 ERRORS = ("NpoError", "RunFailed", "CallbackError", "StoppedEarly")
 INTRODUCTION = """\
 `import npo_cli as npo` loads no library: each name below is imported when it is first used, torch when something is
-computed. The [tutorial](../tutorial/04-python-api.md) shows it at work. The commands `train`, `resume`,
+computed. The [tutorial](../tutorial/04-python-api.md) shows it at work. The commands `train`, `resume`, `scout`,
 `score-checkpoints`, `sample-guide`, `eval` and `compare` call these functions, so a program and a command leave the
 same files. The package is typed (`py.typed`).
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from npo_cli.api.guides import ScoreResult, sample_guide, score
     from npo_cli.api.run import Run
     from npo_cli.api.stages import RecordStream
-    from npo_cli.api.training import TrainingResult, evaluate, replay, resume, train
+    from npo_cli.api.training import TrainingResult, evaluate, replay, resume, scout, train
     from npo_cli.config.recipe import Recipe
     from npo_cli.errors import CallbackError, NpoError, RunFailed, StoppedEarly
     from npo_cli.types.guides import GuideCacheInfo
@@ -33,7 +33,7 @@ _MODULES = {
     "npo_cli.api.guides": ("ScoreResult", "sample_guide", "score"),
     "npo_cli.api.run": ("Run",),
     "npo_cli.api.stages": ("RecordStream",),
-    "npo_cli.api.training": ("TrainingResult", "evaluate", "replay", "resume", "train"),
+    "npo_cli.api.training": ("TrainingResult", "evaluate", "replay", "resume", "scout", "train"),
     "npo_cli.config.recipe": ("Recipe",),
     "npo_cli.errors": ("CallbackError", "NpoError", "RunFailed", "StoppedEarly"),
     "npo_cli.types.guides": ("GuideCacheInfo",),
@@ -68,6 +68,7 @@ __all__ = [
     "resume",
     "sample_guide",
     "score",
+    "scout",
     "train",
 ]
 

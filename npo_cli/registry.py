@@ -159,6 +159,7 @@ GUIDE_SOURCES = Registry(
         "self": "npo_cli.guides.sources.checkpoint:SelfSource",
         "earlier": "npo_cli.guides.sources.checkpoint:EarlierSource",
         "base": "npo_cli.guides.sources.checkpoint:BaseSource",
+        "scout": "npo_cli.guides.sources.scout:ScoutSource",
         "past": "npo_cli.guides.sources.own_history:OwnHistorySource",
         "run": "npo_cli.guides.sources.external_model:OtherRunSource",
         "model": "npo_cli.guides.sources.external_model:ExternalModelSource",

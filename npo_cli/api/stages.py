@@ -48,6 +48,7 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
         *,
         name: str,
         root: Path = Path(),
+        branch: str | None = None,
         callbacks: Sequence[Callback] = (),
         stop: StopFlag | None = None,
         last_step: int | None = None,
@@ -56,6 +57,8 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
     ) -> None:
         self.root = root
         """The run directory."""
+        self.branch = branch
+        """The branch that is trained, where its name is known before."""
         self.last_step = last_step
         """Last step of this training, where it is known."""
         self._name, self._stop = name, StopFlag() if stop is None else stop

@@ -14,7 +14,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.types.autonpo import Transition
 from npo_cli.types.costs import RunCosts
-from npo_cli.types.guides import GuideCacheInfo, ReplayRequest
+from npo_cli.types.guides import GuideCacheInfo, ReplayRequest, ScoutRequest
 from npo_cli.types.rollouts import CheckpointSaved, EvalReport, Notice, Progress, StepReport, TrainingRecord
 
 if TYPE_CHECKING:
@@ -332,6 +332,70 @@ def replay(
     )
 
 
+def _collect_scout(stream: RecordStream[StreamRecord]) -> TrainingResult:
+    from npo_cli.storage.interrupted import find_last_saved_step
+    from npo_cli.storage.layout import open_run
+
+    records, branch = collect_records(stream), stream.branch
+    assert branch is not None, "a scout has a name"
+    step = find_last_saved_step(open_run(stream.root), branch)
+    return TrainingResult(run=Run(stream.root), branch=branch, step=step, stopped_by=stream.stopped_by, records=records)
+
+
+@returns(_collect_scout)
+def scout(
+    run: "Run | str | PathLike[str]",
+    *,
+    at: int,
+    steps: int | None = None,
+    name: str | None = None,
+    branch: str | None = None,
+    overrides: Overrides = (),
+    callbacks: Sequence[Callback] = (),
+    allow_code: bool = False,
+) -> RecordStream[StreamRecord]:
+    """Train a disposable scout from step `at` for `steps` steps (None: `scout.num_steps`); returns a `TrainingResult`.
+
+    Its only products are guides (`npo.sample_guide(source="scout:NAME")`) and a teacher (`target.teacher=scout:NAME`);
+    the branch that learns from it pays for it, and its checkpoints are dropped when used. `overrides`: `scout.*`, and
+    settings that may change at a fork. `name`: of its branch (None: `scout-AT`); called again with the same name after
+    an interruption, it continues where it stopped.
+    """
+    from npo_cli.storage.layout import FIRST_BRANCH, open_run, validate_name
+    from npo_cli.storage.lineage import choose_scout_name
+    from npo_cli.training.scout_start import choose_scout
+
+    root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
+    parent = branch or FIRST_BRANCH
+    recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork")
+    chosen = validate_name(name or choose_scout_name(parent, at))
+    request = ScoutRequest(at=at, branch=parent, steps=steps, name=chosen, overrides=overrides)
+    start = choose_scout(open_run(root), request)
+
+    def work() -> Generator[StreamRecord, None, None]:
+        yield Notice(message=f"scout {chosen} from step {at} of branch {parent}")
+        from npo_cli.training.scout import scout_run
+
+        yield from _track(root, recipe, scout_run(root, request, stop=stop))
+
+    def plan() -> Iterator["PlannedWork | Notice"]:
+        from npo_cli.training.dry_run import plan_scout
+
+        return plan_scout(root, request)
+
+    return RecordStream(
+        work(),
+        name="scout",
+        root=root,
+        branch=chosen,
+        callbacks=callbacks,
+        stop=stop,
+        last_step=None if start is None else start.recipe.train.num_steps,
+        allow_code=allow_code,
+        plan=plan,
+    )
+
+
 def _check_same_source(root: Path, name: str, sources: "Sequence[SourceSpec] | None") -> None:
     """Refuse other candidates than the guide that an earlier call of the same name chose: they would have no effect."""
     from npo_cli.storage.guide_cache import cache_info_path, format_source_option, read_cache_info
@@ -415,10 +479,12 @@ def evaluate(
         raise NpoError("--step and --all cannot be combined", "give one of them, or neither for the newest checkpoint")
     from npo_cli.storage.checkpoints import find_checkpoint
     from npo_cli.storage.layout import open_run
-    from npo_cli.storage.lineage import find_main_branch
+    from npo_cli.storage.lineage import find_main_branch, refuse_scout
 
     root, overrides = resolve_root(run), list_overrides(overrides)
     load_run_recipe(root, overrides, branch=branch)
+    if branch is not None:
+        refuse_scout(open_run(root), branch, "is not evaluated: it is no result of the run")
     if step is not None:
         find_checkpoint(open_run(root), branch or find_main_branch(open_run(root)), step)
 

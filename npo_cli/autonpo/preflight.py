@@ -8,7 +8,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_first_segment
+from npo_cli.storage.lineage import find_first_segment, refuse_scout
 from npo_cli.training.start_point import ResumePoint, find_resume_point, fork
 from npo_cli.types.autonpo import AutoNPOState
 
@@ -217,4 +217,5 @@ def find_start(
             )
         return find_resume_point(run, state.branch, overrides), state
     start = find_resume_point(run, source_branch, overrides)
+    refuse_scout(run, start.branch, "AutoNPO does not control")
     return start, AutoNPOState(branch=start.branch, step=find_first_segment(run, start.branch).fork_step)

@@ -86,6 +86,12 @@ COMMANDS = {
         summary="Score guide candidates, sample the chosen one, and train a branch with it.",
         example="npo replay runs/first --at 40 --candidates 60,80",
     ),
+    "scout": Command(
+        target="scout:scout",
+        group=WORKFLOW,
+        summary="Train a disposable scout: a branch that is only a guide and a teacher.",
+        example="npo scout runs/first --at 40 --steps 40 scout.num_updates=2",
+    ),
     "autonpo": Command(
         target="autonpo:autonpo",
         group=AUTONPO,
@@ -189,7 +195,7 @@ COMMANDS = {
         example="npo docs glossary",
     ),
 }
-DISTRIBUTED_COMMANDS = ("train", "score-checkpoints", "sample-guide", "resume", "eval")
+DISTRIBUTED_COMMANDS = ("train", "score-checkpoints", "sample-guide", "resume", "scout", "eval")
 """Commands that several processes run together; rank 0 runs any other one alone."""
 COMMAND_WIDTH = 17
 QUIET_HELP = "Show results, warnings and errors only."

@@ -10,6 +10,8 @@ current one.
 
 `applies_when` says which other settings a field needs to have an effect (`npo_cli.config.applies`).
 
+`scout` says that a disposable scout may have a value of its own (`npo_cli.config.scout`).
+
 `comparison` says what a difference means when runs are compared: `must_match` fields must be equal for a fair
 comparison, `ignored` fields do not affect what a run learns, and every other difference is part of the method. A
 section states it once for all its fields (`model_config`), or a field states it for itself.
@@ -33,13 +35,14 @@ IS_SET = "set"
 """Needed value of a setting that may have any but null, 0, false and empty."""
 MUST_MATCH = {"comparison": "must_match"}
 IGNORED = {"comparison": "ignored"}
+SCOUT = {"scout": True}
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-MARKS = ("on_resume", "used_by", "path", "comparison", "applies_when")
+MARKS = ("on_resume", "used_by", "path", "comparison", "applies_when", "scout")
 
 
 def applies_when(conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,7 +210,9 @@ def find_nearest_key(key: str) -> str | None:
 
     def similarity(known: str) -> float:
         known_section, _, known_name = known.rpartition(".")
-        return _ratio(name, known_name) + 0.2 * _ratio(section, known_section)
+        # A scout's settings have the names of the run's, which are meant more often.
+        is_scout = known_section.startswith("scout") and not section.startswith("sc")
+        return _ratio(name, known_name) + 0.2 * _ratio(section, known_section) - 0.1 * is_scout
 
     best = max(list_known_keys(), key=similarity)
     return best if _ratio(name, best.rpartition(".")[2]) >= 0.65 else None

@@ -1,15 +1,17 @@
 """Every setting with its only default. Recipe files hold what differs; `npo_cli.config.loading` reads them.
 
 Sections of their own modules: `autonpo`, `engine` (with the mismatch correction), `guides` (with scoring and methods),
-`extrapolation`, `order` and `target`.
+`extrapolation`, `order`, `scout` and `target`.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from os import PathLike
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from npo_cli.config.autonpo import AutonpoSettings
 from npo_cli.config.base import (
@@ -21,16 +23,19 @@ from npo_cli.config.base import (
     IS_SET,
     MODEL_PATH,
     MUST_MATCH,
+    SCOUT,
     Count,
     Decay,
     Settings,
     Share,
     applies_when,
+    walk_fields,
 )
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
 from npo_cli.config.order import OrderSettings
+from npo_cli.config.scout import derive_scout_settings, list_scout_overrides
 from npo_cli.config.target import TargetSettings
 from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 
@@ -49,14 +54,16 @@ BUNDLED_MODELS = ("micro-base", "smollm2-135m")
 class LoraSettings(Settings):
     """Low-rank adapters on a frozen base model, named as in peft. No dropout: sampling and scoring use one policy."""
 
-    rank: int | None = Field(None, ge=1, le=8192, description="Rank r of the adapters (null: full fine-tuning).")
+    rank: int | None = Field(
+        None, ge=1, le=8192, description="Rank r of the adapters (null: full fine-tuning).", json_schema_extra=SCOUT
+    )
     alpha: float = Field(
-        32.0, gt=0, description="Scale: a weight W becomes W + alpha/rank B A.", json_schema_extra=WITH_LORA
+        32.0, gt=0, description="Scale: a weight W becomes W + alpha/rank B A.", json_schema_extra=WITH_LORA | SCOUT
     )
     targets: tuple[str, ...] = Field(
         (),
         description="Names of the adapted layers, such as q_proj (empty: every linear layer except the LM head).",
-        json_schema_extra=WITH_LORA,
+        json_schema_extra=WITH_LORA | SCOUT,
     )
     seed: int = Field(
         0,
@@ -292,16 +299,18 @@ class TrainSettings(Settings):
     num_steps: Count = Field(300, description="Number of training steps.", json_schema_extra=FREE | IGNORED)
     save_every: Count = Field(20, description="Steps between checkpoints.", json_schema_extra=FREE | IGNORED)
     prompts_per_step: Count = Field(
-        16, description="Number of prompts (groups) per step.", json_schema_extra=MUST_MATCH
+        16, description="Number of prompts (groups) per step.", json_schema_extra=MUST_MATCH | SCOUT
     )
-    group_size: int = Field(8, ge=2, description="Number of rollouts per prompt.", json_schema_extra=MUST_MATCH)
+    group_size: int = Field(8, ge=2, description="Number of rollouts per prompt.", json_schema_extra=MUST_MATCH | SCOUT)
+    num_updates: Count = Field(
+        1, description="Number of optimizer updates (mini-batches) per step.", json_schema_extra=SCOUT
+    )
     objective: Literal["rl", "sft"] = Field(
         "rl",
         description="What a step does: sample rollouts and reinforce them (`rl`), or sample nothing and raise the "
         "likelihood of the guide cache's correct responses to its prompts (`sft`; needs --guide NAME).",
         json_schema_extra=FORK_TRAINING,
     )
-    num_updates: Count = Field(1, description="Number of optimizer updates (mini-batches) per step.")
     staleness: int = Field(
         0,
         ge=0,
@@ -313,11 +322,11 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "adafactor"] = Field(
         "adamw", description="Optimizer; adafactor factors the second moment and keeps no first moment."
     )
-    lr: float = Field(1e-4, gt=0, description="Learning rate.", json_schema_extra=FORK_TRAINING)
+    lr: float = Field(1e-4, gt=0, description="Learning rate.", json_schema_extra=FORK_TRAINING | SCOUT)
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
         description="Learning rate schedule after the warmup, a function of the step number; also on a forked branch.",
-        json_schema_extra=FORK_TRAINING,
+        json_schema_extra=FORK_TRAINING | SCOUT,
     )
     warmup_steps: int = Field(
         0,
@@ -336,7 +345,12 @@ class TrainSettings(Settings):
         json_schema_extra=applies_when({"train.optimizer": ["adamw"]}),
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    grad_clip: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down to it.")
+    grad_clip: float = Field(
+        1.0,
+        gt=0,
+        description="Maximum gradient norm; larger gradients are scaled down to it.",
+        json_schema_extra=SCOUT,
+    )
     skip_grad_norm: float | None = Field(
         None, gt=0, description="Skip the optimizer step if the gradient norm exceeds this (null: never)."
     )
@@ -400,13 +414,16 @@ class LossSettings(Settings):
         json_schema_extra=applies_when({"loss.divide_by_std": [True]}),
     )
     clip_low: float = Field(
-        0.2, ge=0, description="Lower clip range: the ratio is clipped at 1 - clip_low.", json_schema_extra=CLIPPED
+        0.2,
+        ge=0,
+        description="Lower clip range: the ratio is clipped at 1 - clip_low.",
+        json_schema_extra=CLIPPED | SCOUT,
     )
     clip_high: float = Field(
         0.2,
         ge=0,
         description="Upper clip range: the ratio is clipped at 1 + clip_high (DAPO's clip-higher: 0.28).",
-        json_schema_extra=CLIPPED,
+        json_schema_extra=CLIPPED | SCOUT,
     )
     dual_clip: float | None = Field(
         None,
@@ -426,9 +443,14 @@ class LossSettings(Settings):
         description="cispo: upper cap of the importance weight.",
         json_schema_extra=applies_when({"loss.kind": ["cispo"]}),
     )
-    kl_coef: float = Field(0.0, ge=0, description="Coefficient of the KL penalty (k3) to the base model.")
+    kl_coef: float = Field(
+        0.0, ge=0, description="Coefficient of the KL penalty (k3) to the base model.", json_schema_extra=SCOUT
+    )
     entropy_coef: float = Field(
-        0.0, ge=0, description="Coefficient of the entropy bonus; with entropy_target that of the first step."
+        0.0,
+        ge=0,
+        description="Coefficient of the entropy bonus; with entropy_target that of the first step.",
+        json_schema_extra=SCOUT,
     )
     entropy_target: float | None = Field(
         None,
@@ -490,6 +512,21 @@ class SamplingSettings(Settings):
         return self
 
 
+SCOUT_SECTIONS: Mapping[str, type[Settings]] = {
+    "train": TrainSettings,
+    "loss": LossSettings,
+    "model.lora": LoraSettings,
+}
+"""Sections with settings that a scout may have otherwise."""
+SCOUT_OVERRIDES = list_scout_overrides(SCOUT_SECTIONS.items())
+"""Keys of `scout` -> the setting that each is for."""
+SCOUT_FIXED = {"train.num_steps", "train.objective", "guide.source", "eval.every", "model.path"}
+"""Settings that follow from the scout itself."""
+ScoutSettings = derive_scout_settings(SCOUT_SECTIONS, module=__name__)
+ScoutLoraSettings = ScoutSettings.model_fields["lora"].annotation
+"""By its name here a process that is sent a recipe finds the class."""
+
+
 class EvalSettings(Settings):
     """Evaluation on the held-out prompts."""
 
@@ -549,6 +586,7 @@ class Recipe(Settings):
     extrapolation: ExtrapolationSettings = ExtrapolationSettings()
     target: TargetSettings = TargetSettings()
     order: OrderSettings = OrderSettings()
+    scout: ScoutSettings = ScoutSettings()  # type: ignore[valid-type]
     method: MethodSettings = MethodSettings()
     scoring: ScoringSettings = ScoringSettings()
     eval: EvalSettings = EvalSettings()
@@ -663,6 +701,36 @@ class Recipe(Settings):
         too_small = group_size is not None and self.guide.inject.slots >= group_size
         if too_small and not MIX_STRATEGIES.get(self.guide.inject.mode).adds_rollouts:
             raise ValueError("guide.inject.slots must be below target.group_size: a group needs on-policy rollouts")
+        return self
+
+    @property
+    def scout_overrides(self) -> dict[str, Any]:
+        """Dotted key -> value of every setting that `scout.*` gives a scout."""
+        own = {key: value for key, value, _ in walk_fields(self.scout)}
+        return {target: own[key] for key, target in SCOUT_OVERRIDES.items() if own[key] is not None}
+
+    def make_scout(self, *, num_steps: int) -> "Recipe":
+        """The recipe of a disposable scout that ends at step `num_steps`: GRPO with what `scout.*` overrides, without
+        guide, dense target and held-out evaluations. Raises ValueError for settings that do not fit each other.
+        """
+        if self.scout.lora.rank is not None and self.model.lora.rank is not None:
+            raise ValueError("scout.lora.rank is not available in a run with model.lora.rank: a scout trains the run's")
+        rules = self.scout.model_dump(mode="json", include={"stop_reward", "stop_window", "keep"})
+        values = self.model_dump(mode="json") | {"target": {}, "scout": rules}
+        own = {"train.num_steps": num_steps, "train.objective": "rl", "guide.source": "cache", "eval.every": 0}
+        for key, value in (self.scout_overrides | own).items():
+            *sections, name = key.split(".")
+            reduce(getitem, sections, values)[name] = value
+        try:
+            return Recipe.model_validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            found = error.errors(include_url=False)[0]
+            raise ValueError(f"of a scout: {found.get('ctx', {}).get('error', found['msg'])}") from error
+
+    @model_validator(mode="after")
+    def _scout_fits(self) -> "Recipe":
+        if self.scout_overrides:
+            self.make_scout(num_steps=self.train.num_steps)
         return self
 
     @property

@@ -151,6 +151,12 @@ class TargetSettings(Settings):
         """Whether the teacher is shown a response of a guide cache."""
         return self.privileged == "response"
 
+    def find_last_step(self, *, fork_step: int) -> int | None:
+        """Last step of the window on a branch that was forked at `fork_step`; None: the window has no end."""
+        if self.num_steps is None:
+            return None
+        return (fork_step if self.start_step is None else self.start_step) + self.num_steps
+
     def coefficient_at(self, step: int, *, start_step: int) -> float | None:
         """`weight` by the schedule at a training step; None outside the window (start_step, start_step + num_steps].
 

@@ -57,8 +57,9 @@ def _plan_runs(
             elif span.last > span.first:
                 num_steps += span.last - span.first
                 first = span.first + 1
-                train, *evaluations = plan_steps(recipe, task, branch="", first=first, last=span.last)
-                disk = plan_disk(cells[0].run, recipe, policy, first_step=first, last_step=span.last)
+                own = recipe.make_scout(num_steps=span.last) if span.command[0] == "scout" else recipe
+                train, *evaluations = plan_steps(own, task, branch="", first=first, last=span.last)
+                disk = plan_disk(cells[0].run, own, policy, first_step=first, last_step=span.last)
                 trained += [train, *disk]
                 evaluated += evaluations
     yield _add_up(trained, label, num_left, num_steps=num_steps * num_left)

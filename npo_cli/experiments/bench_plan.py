@@ -18,6 +18,7 @@ from npo_cli.storage.checkpoints import list_checkpoints
 from npo_cli.storage.guide_cache import cache_info_path, read_cache_info
 from npo_cli.storage.layout import RUN_INFO_FILE, RunDir, open_run
 from npo_cli.storage.lineage import list_branches
+from npo_cli.storage.scouts import has_ended
 
 Command = tuple[str, ...]
 MAIN = "main"
@@ -119,7 +120,7 @@ class CommandSpan:
     branch: str
     """That it reads or continues."""
     first: int
-    """Training: the last step before it. A guide: the learner's step."""
+    """Training, a scout's too: the last step before it. A guide: the learner's step."""
     last: int
     """Training: its last step. A guide: the last step with it."""
     saved: frozenset[int] | None
@@ -131,14 +132,19 @@ def list_spans(cell: BenchRun) -> list[CommandSpan]:
     recipe = cell.resolve_recipe()
     every, num_steps = recipe.train.save_every, recipe.train.num_steps
     saved: dict[str, frozenset[int]] = {}
+    scouts: dict[str, int] = {}
     newest, spans = MAIN, []
     for command in build_commands(cell):
         options = _options(command)
         branch, source = options.get("--branch", newest), options.get("--source", "")
         before = saved.get(branch, frozenset())
         first, last = int(options.get("--at", max(before, default=0))), int(options.get("--until", num_steps))
-        if command[0] == "sample-guide":
-            ahead = int(source) - first if source.isdecimal() else 0
+        if command[0] == "scout":
+            scouts[options["--name"]] = length = int(options.get("--steps", _scout_length(cell, recipe)))
+            last = first + length
+        elif command[0] == "sample-guide":
+            scout = source.removeprefix("scout:").partition("@")[0]
+            ahead = int(source) - first if source.isdecimal() else scouts.get(scout, 0)
             covered = recipe.guide.cache.count_covered(ahead) if ahead > 0 else num_steps - first
             last = first + int(options.get("--steps", recipe.guide.replay.num_steps or covered))
         spans.append(
@@ -146,11 +152,17 @@ def list_spans(cell: BenchRun) -> list[CommandSpan]:
                 command=command, options=options, branch=branch, first=first, last=last, saved=before if saved else None
             )
         )
-        if command[0] != "sample-guide":
+        if command[0] in ("train", "resume"):
             newest = options.get("--new-branch", branch)
             kept = {step for step in before if step <= first}
             saved[newest] = frozenset({*kept, first, last, *range(first - first % every + every, last + 1, every)})
     return spans
+
+
+def _scout_length(cell: BenchRun, recipe: Recipe) -> int:
+    if recipe.scout.num_steps is None:
+        raise NpoError(f"method {cell.method} needs scout.num_steps", "add scout.num_steps=N")
+    return recipe.scout.num_steps
 
 
 def check_plan(cell: BenchRun) -> None:
@@ -189,6 +201,9 @@ def find_remaining_command(command: Command, cell: BenchRun) -> Command | None:
     if "--autonpo" in command:
         return ("resume", str(cell.run), "--autonpo")
     run, branch = open_run(cell.run), options.get("--new-branch", MAIN)
+    if command[0] == "scout":
+        name = options["--name"]
+        return None if name in list_branches(run) and has_ended(run, name) else command
     if command[0] == "resume" and branch not in list_branches(run):
         return command
     if _newest(run, branch) >= steps:

@@ -20,7 +20,8 @@ from npo_cli.storage.lineage import (
     find_main_branch,
     find_newest_branch,
     find_policy_owner,
-    list_branches,
+    list_result_branches,
+    refuse_scout,
 )
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.comparison import SeedPoint
@@ -134,8 +135,9 @@ def resolve_run_branches(text: str) -> Iterator[RunBranch]:
 def iter_run_branches(path: Path, *, name: str | None, branch: str | None) -> Iterator[RunBranch]:
     """Of one run: the branch, else all. A method that is named is one branch."""
     run = open_run(path)
-    known = list_branches(run)
+    known = list_result_branches(run)
     if branch is not None and branch not in known:
+        refuse_scout(run, branch, "is no method: it has no held-out evaluation")
         named = ", ".join(known) or "none yet"
         raise NpoError(f"{path} has no branch {branch!r}: {named}", f"npo show {quote_path(path)} lineage")
     if branch is None and name is not None and len(known) > 1:

@@ -34,6 +34,7 @@ from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache, re
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.sample_store import SampleStore
+from npo_cli.storage.scouts import drop_used_scouts
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
 from npo_cli.types.rollouts import Notice, Progress, Prompt, PromptSamples, Rollout
 
@@ -83,6 +84,8 @@ def build_guide_cache(
         yield from fill_cache(source, info, store, prompts)
         yield from warning_notices(warning for warning in source.warnings() if warning not in early)
         done = finish_guide_cache(run, info, is_external=source.is_external)
+        for scout in drop_used_scouts(run):
+            yield Notice(message=f"scout {scout} was used: its checkpoints are dropped")
         if done.num_prompts < len(prompts):
             yield Notice(
                 message=f"sampling ended after {done.num_prompts} of {len(prompts)} prompts: of the last responses "

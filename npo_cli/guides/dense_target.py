@@ -105,11 +105,13 @@ class ActiveTarget:
 
 
 def open_teacher(
-    run: RunDir, recipe: Recipe, policy: Policy, *, parent: str | None, fork_step: int
+    run: RunDir, recipe: Recipe, policy: Policy, *, parent: str | None, fork_step: int, step: int | None = None
 ) -> TeacherModel | None:
     """The teacher as a frozen model, with the policy's tokenizer; adapters share the policy's base. None without a
-    target. The policy that teaches itself is returned as it is."""
-    if not recipe.has_target:
+    target, or where training continues at a `step` (None: the fork) after its window. The policy that teaches itself is
+    returned as it is."""
+    last = recipe.target.find_last_step(fork_step=fork_step)
+    if not recipe.has_target or (last is not None and (step or fork_step) >= last):
         return None
     if recipe.target.is_self_taught:
         return policy
@@ -175,7 +177,7 @@ def check_served_teacher(teacher: ServedTeacher, recipe: Recipe, policy: Policy)
 def describe_target(target: ActiveTarget) -> str:
     """One line: kind, teacher, what it is shown, window and group size."""
     settings, first = target.settings, target.start_step + 1
-    last = "the end" if settings.num_steps is None else str(target.start_step + settings.num_steps)
+    last = settings.find_last_step(fork_step=target.fork_step) or "the end"
     size = "" if settings.group_size is None else f", {settings.group_size} rollouts per prompt"
     shown = "" if settings.privileged is None else f", which is shown the {settings.privileged}"
     return f"dense target: {settings.kind} from {settings.teacher}{shown}, steps {first} to {last}{size}"

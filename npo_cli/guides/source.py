@@ -39,7 +39,7 @@ class ReplayTarget:
     run: RunDir
     learner: Learner
     steps: int | None = None
-    """Length of the segment; None: guide.replay.num_steps, else guide.cache.coverage of the steps up to the guide, else
+    """Length of the segment; None: guide.replay.num_steps, else guide.cache.coverage of the guide's steps ahead, else
     the rest of the run."""
     purpose: Literal["guide", "score"] = "guide"
     """Part of the sampling seeds: the samples that a source is chosen by are not those that are learned from."""
@@ -99,7 +99,7 @@ class GuideSource(ABC):
     """Whether it is a model whose distribution at any token can be computed: it can be the teacher of a dense
     target."""
     is_of_run: ClassVar[bool] = False
-    """A checkpoint of the learner's own line."""
+    """A checkpoint of the learner's own run."""
     uses_engine: bool = False
     """Samples with the engine of the learner's session; otherwise that session starts no inference server."""
     extrapolates_weights: bool = False
@@ -138,8 +138,13 @@ class GuideSource(ABC):
 
     @property
     def guide_step(self) -> int | None:
-        """Step of the guide where it is a checkpoint of this run."""
+        """Step of the guide where it is a checkpoint of the learner's line."""
         return None
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """Branch and step of the guide where it is a checkpoint of this run."""
+        return None if self.guide_step is None else (self.target.learner.branch, self.guide_step)
 
     @property
     def default_label(self) -> str:
@@ -147,11 +152,15 @@ class GuideSource(ABC):
         return self.name
 
     @property
+    def steps_ahead(self) -> int:
+        """Training steps that the guide is ahead of the learner; 0 or less where that means nothing."""
+        return 0 if self.guide_step is None else self.guide_step - self.target.learner.step
+
+    @property
     def num_steps(self) -> int:
         """Length of the segment in which the guide is used."""
-        learner = self.target.learner
+        learner, ahead = self.target.learner, self.steps_ahead
         guide = learner.recipe.guide
-        ahead = (self.guide_step or learner.step) - learner.step
         rest = learner.recipe.train.num_steps - learner.step
         by_default = guide.cache.count_covered(ahead) if ahead > 0 else rest
         num_steps = self.target.steps or guide.replay.num_steps or by_default

@@ -30,7 +30,7 @@ def find_teacher(run: RunDir, recipe: Recipe, *, parent: str | None, fork_step: 
         if not kind.has_distribution:
             raise NpoError(
                 f"source {spec.name} has no distribution per token",
-                "use checkpoint:STEP, run:DIR@STEP, model:FOLDER_OR_ID or policy",
+                "use checkpoint:STEP, scout:BRANCH, run:DIR@STEP, model:FOLDER_OR_ID or policy",
             )
         if kind.is_of_run and parent is None:
             raise NpoError(
@@ -45,13 +45,19 @@ def find_teacher(run: RunDir, recipe: Recipe, *, parent: str | None, fork_step: 
         return create_source(spec, ReplayTarget(run=run, learner=learner))
 
 
-def find_teacher_step(run: RunDir, recipe: Recipe, *, parent: str, fork_step: int) -> int | None:
-    """Step of the checkpoint on the parent's line that the teacher needs besides the fork's; None if it needs none. Of
+def settle_teacher(
+    run: RunDir, recipe: Recipe, *, parent: str, fork_step: int
+) -> tuple[Recipe, tuple[str, int] | None]:
+    """The recipe of a fork with its teacher's whole SPEC, which is the same after every resume, however long a scout is
+    trained; and branch and step of the checkpoint that the teacher needs besides the fork's, None if it needs none. Of
     an extrapolated policy that is the older copy."""
     if not recipe.has_target or recipe.target.is_self_taught:
-        return None
+        return recipe, None
     source = find_teacher(run, recipe, parent=parent, fork_step=fork_step)
-    return source.older_step if source.guide_step is None else source.guide_step
+    if source.place is None:
+        return recipe, None if source.older_step is None else (parent, source.older_step)
+    target = recipe.target.model_copy(update={"teacher": source.spec.text})
+    return recipe.model_copy(update={"target": target}), source.place
 
 
 @contextmanager

@@ -17,7 +17,15 @@ from npo_cli.storage.checkpoints import list_ancestry_checkpoints
 from npo_cli.storage.index import find_best_branch, select_line_evals
 from npo_cli.storage.interrupted import find_last_saved_step, list_interrupted_branches
 from npo_cli.storage.layout import FIRST_BRANCH, RunDir, open_run
-from npo_cli.storage.lineage import choose_replay_name, find_first_segment, list_branches
+from npo_cli.storage.lineage import (
+    choose_replay_name,
+    find_first_segment,
+    is_scout,
+    list_branches,
+    list_result_branches,
+)
+from npo_cli.storage.metrics import read_metrics
+from npo_cli.storage.scouts import has_ended
 from npo_cli.types.autonpo import REJECTIONS, Transition
 from npo_cli.types.calibration import CandidateGain, RuleResult
 from npo_cli.types.comparison import MethodDifference, MethodSummary, MethodTimeToThreshold
@@ -38,6 +46,8 @@ from npo_cli.types.views import (
 
 T = TypeVar("T")
 Records = Sequence[Any]
+NUM_REWARDS = 5
+"""Newest steps of a scout whose mean reward is shown."""
 SUGGESTED_LEARNER = 0.4
 """Share of the steps so far at which the first scoring is suggested."""
 
@@ -63,10 +73,32 @@ def conclude_training(root: Path, records: Records) -> Conclusion:
 
 
 def conclude_branch(run: RunDir, branch: str) -> Conclusion:
-    """Accuracy of a branch, beside its parent's at the same step."""
+    """Accuracy of a branch, beside its parent's at the same step; of a scout its reward."""
+    if is_scout(run, branch):
+        return conclude_scout(run, branch)
     parent = find_first_segment(run, branch).parent
     beside = "" if parent is None else describe_parent(run, branch, parent)
     return Conclusion(sentence=f"{describe_accuracy(run, branch)}{beside}", next=suggest_next(run, branch))
+
+
+def conclude_named_scout(root: Path, branch: str, records: Records) -> Conclusion:
+    """The end of `npo scout`, also where nothing was left to train."""
+    return conclude_scout(open_run(root), branch)
+
+
+def conclude_scout(run: RunDir, branch: str) -> Conclusion:
+    """How far a scout came, by its training reward."""
+    first, step, root = find_first_segment(run, branch), find_last_saved_step(run, branch), quote_path(run.root)
+    rewards = [row["reward"] for row in read_metrics(run, branch) if row["step"] <= step and "reward" in row]
+    newest = rewards[-NUM_REWARDS:]
+    mean = f", mean reward {sum(newest) / len(newest):.2f} over {len(newest)} steps" if newest else ""
+    sentence = f"scout {branch} is trained to step {step}{mean}"
+    if not has_ended(run, branch):
+        return Conclusion(sentence=sentence, next=f"npo resume {root} --branch {branch}")
+    option = format_branch_option(str(first.parent))
+    return Conclusion(
+        sentence=sentence, next=f"npo sample-guide {root}{option} --at {first.fork_step} --source scout:{branch}"
+    )
 
 
 def describe_accuracy(run: RunDir, branch: str) -> str:
@@ -353,7 +385,7 @@ def conclude_costs(root: Path, records: Records) -> Conclusion:
     if first is not None and others:
         other = min(others, key=lambda one: one.total_tokens or 0) if first is cheapest else first
         sentence += f", {other.name} for {other.total_tokens:,}"
-    elif len(list_branches(open_run(root))) > 1 and len(found) == 1:
+    elif len(list_result_branches(open_run(root))) > 1 and len(found) == 1:
         sentence += ", no other branch does"
     return Conclusion(sentence=sentence, next=f"npo report {name}")
 

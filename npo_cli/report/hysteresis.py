@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from npo_cli.scoring.hysteresis import SeedHysteresis, estimate_hysteresis, seed_hysteresis
 from npo_cli.storage.cost_sums import choose_thresholds, find_arrivals, learning_curve
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_first_segment, find_last_guided_fork, list_branches
+from npo_cli.storage.lineage import find_first_segment, find_last_guided_fork, list_result_branches
 from npo_cli.types.comparison import MethodHysteresis
 
 
 def replay_hysteresis(runs: Sequence[RunDir]) -> list[MethodHysteresis]:
     """H(a) to the highest threshold for each lower a, by recipe and branch; a run is a seed."""
-    curves = [learning_curve(run, name, name=name) for run in runs for name in list_branches(run)]
+    curves = [learning_curve(run, name, name=name) for run in runs for name in list_result_branches(run)]
     *levels, target = choose_thresholds(curves) or (1.0,)
     by_replay: dict[tuple[str, str, str, float], list[SeedHysteresis | None]] = {}
     for run in runs:
-        for branch in list_branches(run):
+        for branch in list_result_branches(run):
             fork_step, unguided = find_last_guided_fork(run, branch), find_unguided_branch(run, branch)
             replayed, main = (learning_curve(run, name, name=name) for name in (branch, unguided))
             if fork_step is None or not replayed or not main:

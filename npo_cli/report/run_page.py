@@ -34,7 +34,7 @@ from npo_cli.storage.cost_sums import compute_run_costs, costs_by_activity, lear
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import find_best_branch, select_best_evals, select_line_evals
 from npo_cli.storage.layout import RunDir, dump_recipe
-from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches, read_segments
+from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches, list_result_branches, read_segments
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.costs import CostToThreshold, CurvePoint
@@ -46,7 +46,7 @@ from npo_cli.types.views import BranchSpan
 def summarize_run(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
     """Names and values at the top of the section."""
     recipe, info, spent = run.read_recipe(branch), run.info, compute_run_costs(run, branch)
-    names = list_branches(run)
+    names = list_result_branches(run)
     return (
         ("recipe", str(recipe.get("name", "-"))),
         ("model", str(get_section(recipe, "model").get("path", "-"))),
@@ -201,9 +201,11 @@ def get_guide_step(info: GuideCacheInfo | None) -> int | None:
 
 
 def build_curves(run: RunDir) -> Iterator[Curve]:
-    """One curve per branch, from its fork on; none for a branch without an evaluation."""
+    """One curve per branch, from its fork on; none for a branch without an evaluation, and for a scout."""
     for index, name in enumerate(list_branches(run)):
         first = find_first_segment(run, name)
+        if first.is_scout:
+            continue
         points = learning_curve(run, name, name=name)
         if first.parent is not None:
             # Two points at the fork: with the cost of the parent, and with guide and scoring paid.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from npo_cli.config.recipe import SCOUT_FIXED, SCOUT_OVERRIDES
 from npo_cli.errors import quote_path
 from npo_cli.report.html import SummaryLine
 from npo_cli.report.hysteresis import find_unguided_branch
@@ -20,15 +21,17 @@ from npo_cli.storage.cost_sums import (
     compute_run_costs,
     cost_to_threshold,
     learning_curve,
+    merge_cost_lines,
     neighbour_means,
     spread_thresholds,
 )
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import select_best_evals, select_line_evals
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches
+from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches, list_result_branches
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
+from npo_cli.storage.scouts import list_scout_uses
 from npo_cli.types.costs import CostToThreshold, CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import EvalReport, Segment
@@ -45,7 +48,7 @@ def summarize_in_words(run: RunDir, branch: str) -> Iterator[SummaryLine]:
 
 def describe_training(run: RunDir, branch: str) -> str:
     """Model, task, recipe, and everything that was executed."""
-    recipe, spent, names = run.read_recipe(branch), compute_run_costs(run, branch), list_branches(run)
+    recipe, spent, names = run.read_recipe(branch), compute_run_costs(run, branch), list_result_branches(run)
     model, task, train = (get_section(recipe, name) for name in ("model", "task", "train"))
     data = task.get("path") or task.get("source", "-")
     branches = f"{len(names)} branch{'es' * (len(names) != 1)}"
@@ -95,6 +98,8 @@ def describe_branch(run: RunDir, name: str) -> str:
     """Where it began, with which guide, from which accuracy to which, and what that cost."""
     first, points = find_first_segment(run, name), learning_curve(run, name, name=name)
     last = max((row["step"] for row in read_metrics(run, name)), default=first.fork_step)
+    if first.is_scout:
+        return describe_scout(run, first, last)
     text = f"{_describe_origin(run, first)}, to step {last}"
     if not points:
         return f"{text}; not evaluated."
@@ -104,6 +109,17 @@ def describe_branch(run: RunDir, name: str) -> str:
     end = points[-1]
     needed = ", its guide and the steps rolled back for it included" if first.parent is not None else ""
     return f"{text}: {gain}; cost: {end.total_tokens:,} tokens in {end.total_steps:,} steps{needed}."
+
+
+def describe_scout(run: RunDir, first: Segment, last: int) -> str:
+    """Where a scout began, what used it, and what it cost."""
+    uses = ", ".join(map(str, list_scout_uses(run, first.branch))) or "nothing so far"
+    kept = "" if list_checkpoints(run, first.branch) else "; its checkpoints were dropped"
+    steps = [one for one in merge_cost_lines(run) if one.kind == "train" and one.branch == first.branch]
+    return (
+        f"a disposable scout from {first.parent} at step {first.fork_step} to step {last}, used by {uses}{kept}; cost: "
+        f"{sum(one.tokens for one in steps):,} tokens in {len(steps):,} steps."
+    )
 
 
 def _describe_origin(run: RunDir, first: Segment) -> str:
@@ -127,7 +143,7 @@ MAX_JUDGED = 3
 
 def describe_worth(run: RunDir, branch: str) -> str:
     """Of `branch` first, and of every other last branch with a guide, whether the guide was worth it."""
-    guided = [name for name in list_branches(run) if find_unguided_branch(run, name) != name]
+    guided = [name for name in list_result_branches(run) if find_unguided_branch(run, name) != name]
     replaced = {find_first_segment(run, name).parent for name in guided} - {branch}
     last = sorted((name for name in guided if name not in replaced), key=lambda name: name != branch)
     if not last:
@@ -222,6 +238,9 @@ def list_commands(run: RunDir) -> list[str]:
     commands = [f"npo train {recipe} {target}{_until(run, list_branches(run)[0])}"]
     for name in list_branches(run)[1:]:
         first = find_first_segment(run, name)
+        if first.is_scout:
+            commands.append(_scout_command(run, target, first))
+            continue
         commands += _score_commands(run, target, first)
         if first.guide_cache in caches:
             commands.append(_sample_command(target, caches[first.guide_cache]))
@@ -245,6 +264,23 @@ def list_recorded_commands(runs: Sequence[RunDir]) -> list[str]:
             found += [f"# {method.parent.name}, {run.root.parent.name}; other seeds: another train.seed"]
             found += [f"npo {shlex.join(command)}" for command in commands]
     return found
+
+
+def _scout_command(run: RunDir, target: str, first: Segment) -> str:
+    """With its settings as `scout.*` where a scout may have them otherwise, and as they are where a fork may."""
+    own = _flatten(run.read_recipe(first.branch))
+    names = {key: f"scout.{name}" for name, key in SCOUT_OVERRIDES.items()}
+    made = {*SCOUT_FIXED, *names.values(), "scout.num_steps"}
+    given = {
+        names.get(key, key): value
+        for key, value in _list_changes(run, first).items()
+        if key not in made and not key.startswith("target.")
+    }
+    settings = "".join(f" {key}={shlex.quote(_to_text(value))}" for key, value in given.items())
+    return (
+        f"npo scout {target}{_branch(first.parent)} --at {first.fork_step} "
+        f"--steps {own['train.num_steps'] - first.fork_step} --name {first.branch}{settings}"
+    )
 
 
 def _score_commands(run: RunDir, target: str, first: Segment) -> list[str]:
@@ -278,9 +314,12 @@ def _until(run: RunDir, name: str) -> str:
 
 def _changes(run: RunDir, first: Segment) -> str:
     """Settings of the branch that its parent has otherwise, as KEY=VALUE."""
+    return "".join(f" {key}={shlex.quote(_to_text(value))}" for key, value in _list_changes(run, first).items())
+
+
+def _list_changes(run: RunDir, first: Segment) -> dict[str, Any]:
     own, parent = (_flatten(run.read_recipe(name)) for name in (first.branch, first.parent))
-    changed = {key: value for key, value in own.items() if parent.get(key) != value}
-    return "".join(f" {key}={shlex.quote(_to_text(value))}" for key, value in changed.items())
+    return {key: value for key, value in own.items() if parent.get(key) != value}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

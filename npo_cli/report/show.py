@@ -17,7 +17,7 @@ from npo_cli.storage.cost_sums import (
 )
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import find_main_branch, list_branches, read_segments
+from npo_cli.storage.lineage import find_main_branch, list_branches, list_result_branches, read_segments
 from npo_cli.storage.metrics import list_trained_steps, read_metrics, read_timings
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.costs import BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
@@ -139,7 +139,7 @@ def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Best
 
     The last are seen from the branch, or from main.
     """
-    names = [name for name in list_branches(run) if branch in (None, name)]
+    names = list_result_branches(run) if branch is None else [branch]
     curves = [learning_curve(run, name, name=name) for name in names]
     for points in curves:
         yield from points

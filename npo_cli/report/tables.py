@@ -98,7 +98,7 @@ def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
         *(text_column("branch"), text_column("parent"), text_column("from step", "fork_step")),
         *(text_column("guide", "guide_cache"), count_column("guide until", "guide_until")),
         Column("merged start", lambda one: one.merge_spec),
-        Column("", lambda one: "removed" if one.removed else ""),
+        Column("", lambda one: "removed" if one.removed else "scout" if one.is_scout else ""),
     )
     return (build_table("Lineage", segments, columns, drops_empty=True),)
 
@@ -231,6 +231,7 @@ def runs_tables(runs: Sequence[RunListing]) -> tuple[Table, ...]:
     """Runs by path."""
     columns = (
         *(text_column("run"), text_column("recipe"), Column("branches", lambda one: str(len(one.branches)))),
+        Column("scouts", lambda one: str(len(one.scouts) or "-")),
         Column("step", lambda one: f"{one.step} of {one.num_steps}"),
         *(number_column("best accuracy", "best_accuracy", digits=2), text_column("of branch", "best_branch")),
         *(text_column("at step", "best_step"), Column("size", lambda one: format_bytes(one.size_bytes))),

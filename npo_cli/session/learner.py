@@ -11,7 +11,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import ancestry, find_main_branch
+from npo_cli.storage.lineage import ancestry, find_main_branch, refuse_scout
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.rollouts import Prompt
 
@@ -37,6 +37,7 @@ class Learner:
 def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> Learner:
     """The checkpoint at step `at`, or at the recipe's guide.replay.at_step."""
     branch = branch or find_main_branch(run)
+    refuse_scout(run, branch, "is no learner: nothing is scored or sampled for it")
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="measure")
     step = recipe.guide.replay.at_step if at is None else at
     if step is None:

@@ -8,6 +8,7 @@ credits it with the policies that it paid for; `compute_run_costs` counts everyt
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from npo_cli.scoring.hysteresis import Arrivals
 from npo_cli.storage.autonpo_log import read_transitions
@@ -20,6 +21,7 @@ from npo_cli.storage.lineage import (
     ancestry,
     find_first_segment,
     find_policy_owner,
+    is_scout,
     list_branches,
     list_recorded_branches,
 )
@@ -143,7 +145,8 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
     """The same for every step of the branch's line of descent.
 
     A branch pays for its parent up to the fork; one with a guide also for the line up to the guide and the scored
-    candidates, for the scoring, for the cache, and for earlier caches for the same learner that found nothing. A probe
+    candidates, for the scoring, for the cache, for earlier caches for the same learner that found nothing, and for the
+    scouts that it learns from. A probe
     is paid by the branch that was probed, a checkpoint by the branch that saved it, from that step on; an acceptance
     test by the branch that continues, from the next step on, with the replay where it was reverted, and so is a cache
     that AutoNPO found nothing for.
@@ -160,7 +163,7 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
     onward: dict[int, Cost] = defaultdict(lambda: ZERO_COST, table.after_step[branch])
     for line in table.charges:
         if line.branch == branch:
-            charged = (table.artifacts.get(name, ZERO_COST) + _branch_cost(table, name) for name in line.charged)
+            charged = (_charged_cost(table, name) for name in line.charged)
             onward[line.step] += sum(charged, start=table.artifacts.get(line.artifact, ZERO_COST))
     spent += onward[first.fork_step] + table.at_step[branch].get(first.fork_step, ZERO_COST)
     for step, own in sorted(table.steps[branch].items()):
@@ -172,11 +175,14 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
     return known
 
 
-def _branch_cost(table: CostTable, artifact: str) -> Cost:
-    """The own steps of a branch that is named by its folder, with what it saved and loaded."""
+def _charged_cost(table: CostTable, artifact: str) -> Cost:
+    """What an artifact took; of a branch that is named by its folder its own steps, with what it saved and loaded."""
     kind, _, name = artifact.partition("/")
+    spent = table.artifacts.get(artifact, ZERO_COST)
+    if kind != "branches":
+        return spent
     own = (each for by_step in (table.steps, table.at_step, table.after_step) for each in by_step[name].values())
-    return sum(own, start=ZERO_COST) if kind == "branches" else ZERO_COST
+    return sum(own, start=spent)
 
 
 def fork_cost(run: RunDir, first: Segment, table: CostTable) -> Cost:
@@ -184,11 +190,10 @@ def fork_cost(run: RunDir, first: Segment, table: CostTable) -> Cost:
     if first.parent is None:
         return ZERO_COST
     fork = table.forks.get(first.branch)
-    if fork is None or fork.until is None:
-        return sum(_merged_costs(run, first, table), start=cumulative_costs(run, first.parent, table)[first.fork_step])
-    line, last = fork.until
-    charged = (table.artifacts.get(name, ZERO_COST) for name in fork.charged)
-    return sum(charged, start=cumulative_costs(run, line, table)[last])
+    line, last = (first.parent, first.fork_step) if fork is None or fork.until is None else fork.until
+    charged = [] if fork is None else [_charged_cost(table, name) for name in fork.charged]
+    merged = _merged_costs(run, first, table) if fork is None or fork.until is None else ()
+    return sum((*charged, *merged), start=cumulative_costs(run, line, table)[last])
 
 
 def _merged_costs(run: RunDir, first: Segment, table: CostTable) -> Iterator[Cost]:
@@ -199,7 +204,7 @@ def _merged_costs(run: RunDir, first: Segment, table: CostTable) -> Iterator[Cos
         more_steps, more_artifacts = _paid_work(run, branch, step, table)
         for owner, own in sorted(more_steps - steps):
             yield table.steps[owner][own] + table.at_step[owner].get(own, ZERO_COST)
-        yield from (table.artifacts.get(name, ZERO_COST) for name in sorted(more_artifacts - artifacts))
+        yield from (_charged_cost(table, name) for name in sorted(more_artifacts - artifacts))
         steps, artifacts = steps | more_steps, artifacts | more_artifacts
 
 
@@ -326,7 +331,8 @@ def neighbour_means(points: Sequence[CurvePoint]) -> list[tuple[CurvePoint, floa
 
 
 def best_held_curve(run: RunDir, branch: str, *, name: str) -> list[BestHeldPoint]:
-    """Best policy held so far: the branch is charged for its scout, so it may also use the scout's checkpoint.
+    """Best policy held so far: the branch is charged for its scout, so it may also use the scout's checkpoint. A
+    disposable scout has none that is held.
 
     One point per improvement of max over policies paid for by then of the mean of 3 evaluations, which is that of
     `cost_to_threshold`. The policies: the branch's own line, the lines that its guides were trained on up to the last
@@ -381,19 +387,19 @@ def _line_points(run: RunDir, branch: str, *, name: str, last: int | None = None
 def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
     """Updates, tokens and seconds of the whole run; only which steps count as abandoned depends on the branch."""
     table, moves = read_cost_table(run), read_transitions(run)
-    kept, scout, abandoned = split_training(run, branch, table)
+    training = split_training(run, branch, table)
     counted = [cost for kind, cost in table.kinds.items() if kind != "evaluate"]
     unused = list_unused_guides(run, table)
     return RunCosts(
         branch=branch,
         step=last_step(run, branch, table),
         updates=sum(cost.updates for cost in counted),
-        training_tokens=kept.tokens,
+        training_tokens=training.kept.tokens,
         probe_tokens=table.kinds.get("probe", ZERO_COST).tokens,
         guide_tokens=sum(table.kinds.get(kind, ZERO_COST).tokens for kind in ("guide_cache", "score")),
         acceptance_test_tokens=table.kinds.get("acceptance_test", ZERO_COST).tokens,
         calibration_tokens=table.kinds.get("calibration", ZERO_COST).tokens,
-        abandoned_tokens=scout.tokens + abandoned.tokens + table.kinds.get("ahead", ZERO_COST).tokens,
+        abandoned_tokens=sum(part.tokens for part in training[1:]) + table.kinds.get("ahead", ZERO_COST).tokens,
         seconds=sum(cost.seconds for cost in counted),
         unused_guides=tuple(unused),
         unused_guide_tokens=sum(cost.tokens for cost in unused.values()),
@@ -417,22 +423,36 @@ def last_step(run: RunDir, branch: str, table: CostTable) -> int:
     return max(steps, default=find_first_segment(run, branch).fork_step)
 
 
-def split_training(run: RunDir, branch: str, table: CostTable) -> tuple[Cost, Cost, Cost]:
-    """Training on the branch's line of descent, training that guided it and was rolled back, and all other training."""
-    line, scouts = {span.branch: span for span in ancestry(run, branch)}, scout_steps(run, branch)
-    kept = scout = abandoned = ZERO_COST
+class TrainingSplit(NamedTuple):
+    """All training of a run, seen from one branch."""
+
+    kept: Cost
+    """On its line of descent."""
+    rolled_back: Cost
+    """Of its guides, on lines of descent that it left."""
+    scouts: Cost
+    """Of disposable scouts, whoever used them."""
+    abandoned: Cost
+
+
+def split_training(run: RunDir, branch: str, table: CostTable) -> TrainingSplit:
+    """Each step in the first part that it fits."""
+    line, guiding = {span.branch: span for span in ancestry(run, branch)}, list_guiding_steps(run, branch)
+    parts = dict.fromkeys(TrainingSplit._fields, ZERO_COST)
     for owner in list_recorded_branches(run):
+        disposable = is_scout(run, owner)
         for step, cost in table.steps[owner].items():
             if owner in line and line[owner].contains(step):
-                kept += cost
-            elif (owner, step) in scouts:
-                scout += cost
+                part = "kept"
+            elif (owner, step) in guiding:
+                part = "rolled_back"
             else:
-                abandoned += cost
-    return kept, scout, abandoned
+                part = "scouts" if disposable else "abandoned"
+            parts[part] += cost
+    return TrainingSplit(**parts)
 
 
-def scout_steps(run: RunDir, branch: str) -> set[tuple[str, int]]:
+def list_guiding_steps(run: RunDir, branch: str) -> set[tuple[str, int]]:
     """Steps (branch, step) between the learner and the guide of every replay on the line of descent."""
     caches = {info.name: info for info in list_guide_caches(run)}
     guides = [find_first_segment(run, span.branch).guide_cache for span in ancestry(run, branch)]
@@ -450,11 +470,12 @@ def costs_by_activity(run: RunDir, branch: str) -> Iterator[ActivityCost]:
     """Everything the run executed by kind of work, seen from one branch; the total; and evaluation, which no branch
     is charged with."""
     table = read_cost_table(run)
-    kept, scout, abandoned = split_training(run, branch, table)
+    split = split_training(run, branch, table)
     training = {
-        f"training, line of {branch}": kept,
-        "training of the guide, rolled back": scout,
-        "training, abandoned": abandoned,
+        f"training, line of {branch}": split.kept,
+        "training of the guide, rolled back": split.rolled_back,
+        **({"training of scouts": split.scouts} if split.scouts.steps else {}),
+        "training, abandoned": split.abandoned,
     }
     sampling = {
         "scoring of candidates": "score",

@@ -19,6 +19,7 @@ from npo_cli.storage.files import damaged_file_error, to_row
 from npo_cli.storage.guide_cache import list_guide_caches, load_guide
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import ancestry, find_first_segment, is_scout
 from npo_cli.storage.sample_store import list_sample_stores
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Segment
@@ -52,7 +53,8 @@ class CostLine:
     charged: tuple[str, ...] = ()
     """Artifacts and branches whose costs the branch also pays from here on."""
     until: tuple[str, int] | None = None
-    """Fork with a guide or teacher: the line of descent (branch, step) that had to be trained for it."""
+    """Fork with a guide or teacher: the line of descent (branch, step) that had to be trained for it. A scout is in
+    `charged`."""
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
@@ -113,14 +115,15 @@ def encode_cost(line: CostLine) -> dict[str, object]:
 
 def append_fork_cost(run: RunDir, segment: Segment) -> None:
     """What a new branch is charged with before its first step: its guide cache, earlier caches for its learner that
-    found nothing, finished scorings for its learner, and the line of descent up to every guide, scored candidate and
-    teacher.
+    found nothing, finished scorings for its learner, the line of descent up to every guide, scored candidate and
+    teacher, and every scout among these with all that it cost, once on a line of descent.
 
     Call it before the branch exists, so that no branch is without it. Without a guide the parent's costs at the fork
     are all.
     """
     folders: list[Path] = []
     until = None
+    scouts: list[str] = []
     if segment.guide_cache is not None:
         info, _ = load_guide(run, segment.guide_cache)
         scorings = [
@@ -133,10 +136,22 @@ def append_fork_cost(run: RunDir, segment: Segment) -> None:
         scored = [step for scoring in scorings for step in scoring.spec.checkpoints]
         folders = [*(run.guide_folder(cache.name) for cache in caches), *(scoring.folder for scoring in scorings)]
         until = (info.branch, max([segment.fork_step, *trained, *scored]))
+        scouts += [cache.scout[0] for cache in caches if cache.scout is not None]
     if segment.teacher is not None:
-        # A guide and a teacher are of the same line.
         branch, step = segment.teacher
-        until = (branch, max(step, segment.fork_step, until[1] if until else 0))
+        if is_scout(run, branch):
+            scouts.append(branch)
+        else:
+            # A guide and a teacher are of the same line.
+            until = (branch, max(step, segment.fork_step, until[1] if until else 0))
+    assert segment.parent is not None, "a first branch is not forked"
+    paid = _list_charged(run, segment.parent)
+    scouts = [name for name in dict.fromkeys(scouts) if relative_artifact(run, run.branch_folder(name)) not in paid]
+    folders += [run.branch_folder(name) for name in scouts]
+    # A scout may have left the line after the fork.
+    left = max((find_first_segment(run, name).fork_step for name in scouts), default=0)
+    if left > (until[1] if until else segment.fork_step):
+        until = (segment.parent, left)
     line = CostLine(
         kind="fork",
         branch=segment.branch,
@@ -147,6 +162,12 @@ def append_fork_cost(run: RunDir, segment: Segment) -> None:
     log = JsonlLog(costs_path(run))
     log.append(encode_cost(line))
     log.seal()
+
+
+def _list_charged(run: RunDir, branch: str) -> set[str]:
+    """What the branches on a line of descent were charged with when they were forked."""
+    line = {span.branch for span in ancestry(run, branch)}
+    return {name for one in read_cost_lines(run) if one.kind == "fork" and one.branch in line for name in one.charged}
 
 
 def list_empty_caches(run: RunDir, info: GuideCacheInfo) -> list[GuideCacheInfo]:

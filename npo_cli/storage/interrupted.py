@@ -42,18 +42,21 @@ def record_finish(run: RunDir, branch: str) -> None:
     append_event(run, "finished", {"branch": branch, "segment": _last_segment_numbers(run)[branch]})
 
 
+def list_finished_branches(run: RunDir) -> list[str]:
+    """Branches whose last command logged that it ended by itself, in the order in which these commands began."""
+    ended = {(event.get("branch"), event.get("segment")) for event in read_events(run) if event["kind"] == "finished"}
+    return [branch for branch, number in _list_starts(run) if (branch, number) in ended]
+
+
 def list_interrupted_branches(run: RunDir) -> list[str]:
     """Branches whose last command did not end by itself; the one that was started last is last."""
-    finished = {
-        (event.get("branch"), event.get("segment")) for event in read_events(run) if event["kind"] == "finished"
-    }
+    finished = list_finished_branches(run)
     moves = [transition.state.branch for transition in read_transitions(run)]
     left = set(moves) - set(moves[-1:])
-    started = sorted(_last_segment_numbers(run).items(), key=lambda pair: pair[1])
     return [
         branch
-        for branch, number in started
-        if (branch, number) not in finished and branch not in left and not _is_trained(run, branch)
+        for branch, _ in _list_starts(run)
+        if branch not in finished and branch not in left and not _is_trained(run, branch)
     ]
 
 
@@ -89,6 +92,11 @@ def _is_trained(run: RunDir, branch: str) -> bool:
 
 def _num_steps(run: RunDir, branch: str) -> int:
     return int(run.read_recipe(branch)["train"]["num_steps"])
+
+
+def _list_starts(run: RunDir) -> list[tuple[str, int]]:
+    """(branch, number of its last segment) in the order of these segments."""
+    return sorted(_last_segment_numbers(run).items(), key=lambda pair: pair[1])
 
 
 def _last_segment_numbers(run: RunDir) -> dict[str, int]:

@@ -15,7 +15,7 @@ from npo_cli.storage.layout import FIRST_BRANCH, NAME_PATTERN, RECIPE_FILE, RunD
 from npo_cli.storage.log_head import damaged_log_error
 from npo_cli.types.rollouts import Segment
 
-OPTIONAL_FIELDS = ("teacher", "merge_weight", "merge_plus", "merge_minus", "removed")
+OPTIONAL_FIELDS = ("teacher", "merge_weight", "merge_plus", "merge_minus", "is_scout", "removed")
 """Of a segment: absent where they are empty."""
 
 
@@ -75,6 +75,26 @@ def list_branches(run: RunDir) -> list[str]:
     return list(dict.fromkeys(segment.branch for segment in every if segment.branch not in removed))
 
 
+def list_result_branches(run: RunDir) -> list[str]:
+    """The same without scouts: what the run was trained for."""
+    return [name for name in list_branches(run) if not is_scout(run, name)]
+
+
+def is_scout(run: RunDir, branch: str) -> bool:
+    """Whether a branch is a disposable scout."""
+    return find_first_segment(run, branch).is_scout
+
+
+def refuse_scout(run: RunDir, branch: str, problem: str) -> None:
+    """Raise for a branch that is a scout: "`branch` is a scout, which `problem`"."""
+    if branch in list_branches(run) and is_scout(run, branch):
+        raise NpoError(
+            f"{branch} is a scout, which {problem}",
+            f"use it as a guide or teacher: --source scout:{branch}, target.teacher=scout:{branch}; its training: "
+            f"npo show {quote_path(run.root)} metrics --branch {branch}",
+        )
+
+
 def list_recorded_branches(run: RunDir) -> list[str]:
     """Names of all branches that there ever were, oldest first."""
     return list(dict.fromkeys(segment.branch for segment in read_segments(run)))
@@ -98,14 +118,14 @@ def find_main_branch(run: RunDir) -> str:
 
 
 def find_newest_branch(run: RunDir) -> str:
-    """The branch that was trained on last. No command's default: it moves with every command."""
+    """The branch that was trained on last, scouts left out. No command's default: it moves with every command."""
     every = read_segments(run)
     if not every:
         raise NpoError(
             f"nothing was trained in {run.root} yet",
             f"start again in a new folder, or look: npo show {quote_path(run.root)} lineage",
         )
-    names = list_branches(run)
+    names = list_result_branches(run)
     return next(segment.branch for segment in reversed(every) if segment.branch in names)
 
 
@@ -164,6 +184,11 @@ def find_policy_branch(run: RunDir, branch: str, step: int) -> str:
 def choose_replay_name(branch: str, at: int) -> str:
     """Name of guide cache and branch where none is given: `replay-40`, on another branch than main `late-replay-40`."""
     return f"replay-{at}" if branch == FIRST_BRANCH else f"{branch}-replay-{at}"
+
+
+def choose_scout_name(branch: str, at: int) -> str:
+    """Name of a scout where none is given: `scout-40`, on another branch than main `late-scout-40`."""
+    return f"scout-{at}" if branch == FIRST_BRANCH else f"{branch}-scout-{at}"
 
 
 def find_free_branch_name(run: RunDir, wish: str, *, exact: bool = False) -> str:

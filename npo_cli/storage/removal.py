@@ -20,6 +20,7 @@ from npo_cli.storage.lineage import (
     append_segment,
     check_branch,
     find_first_segment,
+    is_scout,
     list_branches,
     list_recorded_branches,
     read_segments,
@@ -27,6 +28,7 @@ from npo_cli.storage.lineage import (
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import append_event
 from npo_cli.storage.sample_store import list_sample_stores
+from npo_cli.storage.scouts import ScoutUse, list_scout_uses
 from npo_cli.types.views import RemovedFolder
 
 
@@ -100,17 +102,27 @@ def plan_removal(run: RunDir, branch: str, *, recursive: bool) -> Removal:
 
 
 def list_descendants(run: RunDir, branch: str) -> list[str]:
-    """Branches forked from this one, directly or not, parents before children."""
+    """Branches forked from this one, directly or not, parents before children; of a scout those that still learn from
+    it."""
     found = [branch]
     for name in list_branches(run):
-        if name not in found and find_first_segment(run, name).parent in found:
+        learns = any(use.name == name and not use.is_over for one in found for use in _list_branch_uses(run, one))
+        if name not in found and (learns or find_first_segment(run, name).parent in found):
             found.append(name)
     return found[1:]
 
 
+def _list_branch_uses(run: RunDir, branch: str) -> list[ScoutUse]:
+    return [use for use in list_scout_uses(run, branch) if use.kind == "branch"] if is_scout(run, branch) else []
+
+
 def list_branch_folders(run: RunDir, branch: str) -> Iterator[RemovedFolder]:
     """The folder of a branch, and those of guide caches, scorings, probes and calibrations for its policies."""
-    caches = [run.guide_folder(info.name) for info in list_guide_caches(run) if info.branch == branch]
+    caches = [
+        run.guide_folder(info.name)
+        for info in list_guide_caches(run)
+        if branch in (info.branch, None if info.complete or info.scout is None else info.scout[0])
+    ]
     stores = {
         "guide cache": caches,
         "scoring": [one.folder for one in list_sample_stores(run.scores_folder) if one.spec.branch == branch],

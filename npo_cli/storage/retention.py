@@ -22,6 +22,7 @@ from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import find_policy_branch, list_branches, read_segments
 from npo_cli.storage.sample_store import SampleStore, find_latest_scores, list_sample_stores
+from npo_cli.storage.scouts import drop_used_scouts
 
 BranchStep = tuple[str, int]
 """Branch and step."""
@@ -66,7 +67,7 @@ def _newest(steps: Sequence[int], quota: int | None) -> Sequence[int]:
 def apply_retention(
     run: RunDir, branch: str, *, keep_full_checkpoints: int | None, keep_weights_only: int | None
 ) -> RetentionPlan:
-    """Carry out the plan for a branch, and remove what killed writers left. Needs the run's lock."""
+    """Carry out the plan for a branch, remove what killed writers left, and drop scouts. Needs the run's lock."""
     there = list_checkpoints(run, branch)
     protected = {step for owner, step in find_protected_checkpoints(run) if owner == branch}
     plan = plan_retention(
@@ -78,14 +79,15 @@ def apply_retention(
         elif checkpoint.step in plan.demote:
             demote_checkpoint(checkpoint)
     remove_leftovers(run.checkpoints_folder(branch))
+    drop_used_scouts(run)
     return plan
 
 
 def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
     """Checkpoints that unfinished work, or work that may be repeated, needs.
 
-    Fork points, teachers and merged checkpoints of branches; learner, guide and older copy of every guide cache; the
-    older copies that an extrapolated guide of a branch goes back to; learner and candidates of every unfinished
+    Fork points, teachers and merged checkpoints of branches; learner, guide, scout and older copy of every guide cache;
+    the older copies that an extrapolated guide of a branch goes back to; learner and candidates of every unfinished
     scoring; learner and choice of the newest finished one; both ends of an intervention that a branch's recipe plans;
     and all that AutoNPO may go back to.
     """
@@ -100,6 +102,7 @@ def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
     for info in own_guides:
         steps = (info.learner_step, info.guide_step, info.older_step)
         needed |= {(info.branch, step) for step in steps if step is not None}
+        needed |= {info.scout} if info.scout is not None else set()
     for scoring in list_sample_stores(run.scores_folder):
         if not scoring.is_finished:
             needed |= _checkpoints_of(scoring)

@@ -10,8 +10,9 @@ from npo_cli.storage.files import decode_record, read_json
 from npo_cli.storage.index import find_best_branch, measure_size, select_best_evals
 from npo_cli.storage.interrupted import find_last_saved_step, list_interrupted_branches
 from npo_cli.storage.layout import RUN_INFO_FILE, RunDir, open_run
-from npo_cli.storage.lineage import list_branches
+from npo_cli.storage.lineage import list_result_branches
 from npo_cli.storage.lock import LockHolder
+from npo_cli.storage.scouts import list_scouts
 from npo_cli.types.views import RunListing
 
 MAX_NOTE_CHARS = 300
@@ -53,7 +54,7 @@ def list_runs(folder: Path) -> Iterator[RunListing]:
 def describe_run(root: Path) -> RunListing:
     """What a run reached, read without its lock."""
     run = open_run(root)
-    names = list_branches(run)
+    names = list_result_branches(run)
     farthest = max(names, key=lambda name: find_last_saved_step(run, name))
     evals = [one for one in select_best_evals(run).values() if one.branch in names]
     best = max(evals, key=lambda one: (one.accuracy, -one.step), default=None)
@@ -62,6 +63,7 @@ def describe_run(root: Path) -> RunListing:
         run=str(root),
         recipe=str(run.read_recipe().get("name", "-")),
         branches=tuple(names),
+        scouts=tuple(list_scouts(run)),
         step=find_last_saved_step(run, farthest),
         num_steps=int(run.read_recipe(farthest)["train"]["num_steps"]),
         best_accuracy=None if best is None else best.accuracy,

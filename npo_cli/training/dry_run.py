@@ -19,9 +19,10 @@ from npo_cli.storage.lock import hold_unchanged
 from npo_cli.training.disk import check_disk_space, plan_disk
 from npo_cli.training.replay import check_replay_branch, find_replay_guide, is_trained
 from npo_cli.training.resume import open_active_guide
+from npo_cli.training.scout_start import choose_scout
 from npo_cli.training.start_point import choose_start
 from npo_cli.training.train import MAIN, settle_recipe
-from npo_cli.types.guides import ReplayRequest
+from npo_cli.types.guides import ReplayRequest, ScoutRequest
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import PlannedWork
 
@@ -74,16 +75,17 @@ def plan_resume(
             merge=merge,
         )
         with (
-            open_dry_session(run, start.recipe, checkpoint=start.checkpoint) as session,
+            open_dry_session(run, start.recipe, checkpoint=start.loaded) as session,
             open_active_guide(session, start.segment) as guidance,
         ):
             origin = start.segment if start.is_new else find_first_segment(run, start.branch)
             check_privileged_text(start.recipe, session.policy, session.task.train, guide=guidance)
             check_sft_guide(start.recipe, guidance, last_step=until or start.recipe.train.num_steps)
-            open_teacher(run, start.recipe, session.policy, parent=origin.parent, fork_step=origin.fork_step)
+            first = 1 if start.checkpoint is None else start.checkpoint.step + 1
+            place = {"parent": origin.parent, "fork_step": origin.fork_step, "step": first - 1}
+            open_teacher(run, start.recipe, session.policy, **place)
             if start.is_new:
                 yield Notice(message=f"new branch: {start.branch}")
-            first = 1 if start.checkpoint is None else start.checkpoint.step + 1
             last, before = until or start.recipe.train.num_steps, start.segment.parent if start.is_new else start.branch
             yield from plan_steps(
                 start.recipe,
@@ -102,6 +104,21 @@ def plan_resume(
                     max_tokens = samples * start.recipe.sampling.max_new_tokens
                     work = replace(work, work=f"continue guide {name}", samples=samples, max_tokens=max_tokens)
                 yield work
+            yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
+
+
+def plan_scout(root: Path, scout: ScoutRequest) -> Iterator[PlannedWork | Notice]:
+    """The steps of a scout, at most, after the checks of `scout_run`."""
+    run = open_run(root)
+    with hold_unchanged(run):
+        start = choose_scout(run, scout)
+        if start is None:
+            yield Notice(message=f"scout {scout.name} is trained already")
+            return
+        assert start.checkpoint is not None, "a scout is forked"
+        with open_dry_session(run, start.recipe, checkpoint=start.loaded) as session:
+            first, last = start.checkpoint.step + 1, start.recipe.train.num_steps
+            yield from plan_steps(start.recipe, session.task, branch=scout.name, first=first, last=last)
             yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
 
 

@@ -39,9 +39,11 @@ from npo_cli.storage.lineage import (
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import append_event
 from npo_cli.storage.sample_store import SampleStore
+from npo_cli.storage.scouts import drop_used_scouts
 from npo_cli.training.checkpointing import init_state_from_weights, restore_state
 from npo_cli.training.loop import grpo_steps
 from npo_cli.training.merge import merge_weights, save_merged_start
+from npo_cli.training.reward_stop import RewardStop
 from npo_cli.training.rollback import apply_rollback_settings
 from npo_cli.training.start_point import ResumePoint, choose_start
 from npo_cli.training.train import (
@@ -74,6 +76,7 @@ def resume_run(
     `steps` steps, or start from weights that are merged by `merge`."""
     run = open_run(root)
     with lock_run(run), stop_between_steps(stop) as stop:
+        drop_used_scouts(run)  # a kill may have come before it
         start = choose_start(
             run,
             overrides=overrides,
@@ -87,29 +90,49 @@ def resume_run(
             merge=merge,
         )
         with (
-            open_session(run, start.recipe, checkpoint=start.checkpoint, trains=True) as session,
+            open_session(run, start.recipe, checkpoint=start.loaded, trains=True) as session,
             open_active_guide(session, start.segment) as guidance,
         ):
-            first = start.segment if start.is_new else find_first_segment(run, start.branch)
-            place = {"parent": first.parent, "fork_step": first.fork_step}
-            check_privileged_text(start.recipe, session.policy, session.task.train, guide=guidance)
-            check_sft_guide(start.recipe, guidance, last_step=until or start.recipe.train.num_steps)
-            session = replace(session, teacher=open_teacher(run, start.recipe, session.policy, **place))
-            optimizer = build_optimizer(session.policy.model, start.recipe.train)
-            state = yield from load_first_state(session, optimizer, start)
-            record_start(run, start, overrides)
-            charge_startup(run, branch=start.branch, step=state.step)
-            yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
-            if start.is_merge_due:
-                yield from save_merged_start(session, optimizer, state, branch=start.branch)
-            yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(session.task.train)))
-            yield from damage_warnings(run, start)
-            yield from gate_warnings(run, start)
-            yield from engine_warnings(session)
-            trainer = open_trainer(session, optimizer, branch=start.branch, step=state.step, active_guide=guidance)
-            yield from trainer_notices(trainer)
-            yield from grpo_steps(trainer, state, stop, until=until)
-            record_finish(run, start.branch)
+            yield from train_from(session, start, stop, guidance=guidance, overrides=overrides, until=until)
+
+
+def train_from(
+    session: Session,
+    start: ResumePoint,
+    stop: StopFlag,
+    *,
+    guidance: ActiveGuide | None = None,
+    overrides: Sequence[str] = (),
+    until: int | None = None,
+) -> Iterator[TrainingRecord]:
+    """Train a branch from its start on, in a session that holds the start's weights and recipe."""
+    run = session.run
+    first = start.segment if start.is_new else find_first_segment(run, start.branch)
+    step = 0 if start.checkpoint is None else start.checkpoint.step
+    place = {"parent": first.parent, "fork_step": first.fork_step, "step": step}
+    check_privileged_text(start.recipe, session.policy, session.task.train, guide=guidance)
+    check_sft_guide(start.recipe, guidance, last_step=until or start.recipe.train.num_steps)
+    session = replace(session, teacher=open_teacher(run, start.recipe, session.policy, **place))
+    optimizer = build_optimizer(session.policy.model, start.recipe.train)
+    state = yield from load_first_state(session, optimizer, start)
+    record_start(run, start, overrides)
+    charge_startup(run, branch=start.branch, step=state.step)
+    is_unusual = start.has_fresh_optimizer and not start.segment.is_scout
+    yield Notice(message=resume_message(start, state, guidance), level="warning" if is_unusual else "info")
+    if start.is_merge_due:
+        yield from save_merged_start(session, optimizer, state, branch=start.branch)
+    yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(session.task.train)))
+    yield from damage_warnings(run, start)
+    yield from gate_warnings(run, start)
+    yield from engine_warnings(session)
+    trainer = open_trainer(session, optimizer, branch=start.branch, step=state.step, active_guide=guidance)
+    yield from trainer_notices(trainer)
+    reward = RewardStop.read(run, start.branch, start.recipe, step=state.step)
+    if not reward.is_reached:
+        yield from grpo_steps(trainer, state, stop, should_pause=reward.observe, until=until)
+    if reward.is_reached:
+        yield Notice(message=reward.describe())
+    record_finish(run, start.branch)
 
 
 @contextmanager
@@ -198,10 +221,11 @@ def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> N
     if start.is_new:
         append_fork_cost(run, start.segment)
     append_segment(run, start.segment, overrides=overrides)
+    if not start.is_new:
+        append_event(run, "resumed", {"branch": start.branch})
+        return
     details = {"branch": start.branch, "from": start.segment.parent, "at": start.segment.fork_step}
-    append_event(run, "rolled_back", details) if start.is_new else append_event(
-        run, "resumed", {"branch": start.branch}
-    )
+    append_event(run, "scout" if start.segment.is_scout else "rolled_back", details)
 
 
 def load_first_state(
@@ -215,6 +239,8 @@ def load_first_state(
         segment = start.segment if start.is_new else find_first_segment(session.run, start.branch)
         if start.is_merge_due:
             merge_weights(session, segment)
+        if segment.is_scout:
+            return state
         return apply_rollback_settings(session, optimizer, state, branch_segment=segment)
     return (yield from init_state(session, optimizer))
 
@@ -227,9 +253,12 @@ def resume_message(start: ResumePoint, state: TrainerState, guidance: ActiveGuid
     where = f"{origin}: weights, optimizer, data position {state.position}, random streams"
     if not start.is_new:
         return f"{start.branch} continues from {where}"
-    if start.has_fresh_optimizer:
+    if start.begins_adapters:
+        where = f"{origin}: new adapters on its frozen weights, data position {state.position}"
+    elif start.has_fresh_optimizer:
         where = f"{origin}: weights and data position {state.position} only"
+    kind = "scout" if start.segment.is_scout else "new branch"
     so_far = " so far" if guidance and guidance.sample_missing else ""
     suffix = f", {len(guidance.rollouts)} guide rollouts{so_far} until step {guidance.until_step}" if guidance else ""
     merged = f", merged with {start.segment.merge_spec}" if start.is_merge_due else ""
-    return f"new branch {start.branch} from {where}{suffix}{merged}"
+    return f"{kind} {start.branch} from {where}{suffix}{merged}"

@@ -11,7 +11,7 @@ from npo_cli.config.loading import override_saved_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.sources.extrapolated import find_older_checkpoint
-from npo_cli.guides.teacher import find_teacher_step
+from npo_cli.guides.teacher import settle_teacher
 from npo_cli.storage.checkpoints import (
     Checkpoint,
     check_newer_checkpoints,
@@ -22,7 +22,15 @@ from npo_cli.storage.checkpoints import (
 from npo_cli.storage.guide_cache import format_source_option, load_guide
 from npo_cli.storage.interrupted import find_resume_target
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import check_branch, find_free_branch_name, find_main_branch, read_segments
+from npo_cli.storage.lineage import (
+    check_branch,
+    find_first_segment,
+    find_free_branch_name,
+    find_main_branch,
+    read_segments,
+    refuse_scout,
+)
+from npo_cli.storage.scouts import check_not_dropped, find_last_full_step, place_base
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Segment
 
@@ -47,6 +55,19 @@ class ResumePoint:
         return bool(self.segment.merged_checkpoints) and (
             self.checkpoint is not None and self.checkpoint.branch != self.branch
         )
+
+    @property
+    def begins_adapters(self) -> bool:
+        """A scout that begins to train adapters of its own: the checkpoint is the frozen model under them."""
+        with_adapters = self.recipe.model.lora.rank is not None and self.checkpoint is not None
+        return (
+            with_adapters and self.segment.is_scout and self.recipe.model.path == str(self.checkpoint.path.absolute())
+        )
+
+    @property
+    def loaded(self) -> Checkpoint | None:
+        """The checkpoint whose weights are loaded into the recipe's model; None: the model as it is."""
+        return None if self.begins_adapters else self.checkpoint
 
 
 def choose_start(
@@ -126,12 +147,28 @@ def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str])
     may be in `overrides`."""
     branch = branch or find_resume_target(run).branch
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="resume")
+    first = find_first_segment(run, branch)
+    if first.is_scout:
+        check_not_dropped(run, branch)
+        recipe = place_base(run, recipe, first)
     known = list_ancestry_checkpoints(run, branch)
     if not known:
         check_newer_checkpoints(run, branch, -1)
-    checkpoint = find_resume_checkpoint(run, branch) if known else None
+    if first.is_scout and find_last_full_step(run, branch) < 0:
+        # It needs no training state at its fork.
+        check_newer_checkpoints(run, branch, first.fork_step)
+        checkpoint: Checkpoint | None = find_checkpoint(run, branch, first.fork_step)
+    else:
+        checkpoint = find_resume_checkpoint(run, branch) if known else None
     segment = [entry for entry in read_segments(run) if entry.branch == branch][-1]
-    return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
+    start = ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
+    return begin_scout(start) if first.is_scout else start
+
+
+def begin_scout(start: ResumePoint) -> ResumePoint:
+    """The start of a scout: with a new optimizer where the checkpoint has no training state for it."""
+    assert start.checkpoint is not None, "a scout is forked"
+    return replace(start, has_fresh_optimizer=start.begins_adapters or start.checkpoint.tier == "weights")
 
 
 def fork(
@@ -151,6 +188,7 @@ def fork(
     if info is None and steps is not None:
         raise NpoError("--steps needs --guide NAME", "add --guide NAME")
     parent = parent or (info.branch if info else find_main_branch(run))
+    refuse_scout(run, parent, "no branch is forked from")
     checkpoint = find_checkpoint(run, parent, at)
     recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), purpose="fork")
     if info:
@@ -162,8 +200,7 @@ def fork(
     branch = find_free_branch_name(
         run, guide or f"{parent}-from-{at}" if new_branch is None else new_branch, exact=new_branch is not None
     )
-    teacher_step = find_teacher_step(run, recipe, parent=parent, fork_step=at)
-    teacher = None if teacher_step is None else (parent, teacher_step)
+    recipe, teacher = settle_teacher(run, recipe, parent=parent, fork_step=at)
     segment = Segment(branch=branch, parent=parent, fork_step=at, guide_cache=guide, guide_until=until, teacher=teacher)
     if merge is not None:
         segment = add_merge(run, segment, merge, recipe)
@@ -195,6 +232,7 @@ def add_merge(run: RunDir, segment: Segment, spec: str, recipe: Recipe) -> Segme
         if found[name] is not None:
             branch, _, step = found[name].partition(":")
             check_branch(run, branch)
+            refuse_scout(run, branch, "is not merged")
             places.append((branch, find_checkpoint(run, branch, int(step)).step))
     plus, minus = places[1], places[-1] if found["minus"] else places[0]
     if plus == minus:

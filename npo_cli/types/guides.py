@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+SCOUT_SOURCE = "scout"
+"""Name of the guide source whose options are branch and step of a disposable scout."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSpec:
@@ -60,6 +63,13 @@ class GuideCacheInfo:
     lazy_settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Section guide.cache by which a replay samples prompts while it trains; empty: the cache was filled before."""
 
+    @property
+    def scout(self) -> tuple[str, int] | None:
+        """Branch and step of the disposable scout that was sampled; None of any other source."""
+        if self.source.name != SCOUT_SOURCE:
+            return None
+        return str(self.source.options["branch"]), int(self.source.options["step"])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Success:
@@ -105,3 +115,23 @@ class ReplayRequest:
     until: int | None
     """The last step to train; None: all that the settings name."""
     overrides: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoutRequest:
+    """What `npo scout` is to do: train a disposable scout."""
+
+    at: int
+    """Step that it starts from."""
+    branch: str
+    """Branch of that step."""
+    steps: int | None = None
+    """Its length at most; None: `scout.num_steps`."""
+    name: str
+    """Of the scout's branch."""
+    overrides: Sequence[str] = ()
+    """`scout.*`, and settings that may change at a fork."""
+
+    def format_command(self, run: str, *, name: str = "NEW") -> str:
+        """The command that trains it in the run directory, already quoted, under another name."""
+        return f"npo scout {run} --branch {self.branch} --at {self.at} --name {name}"

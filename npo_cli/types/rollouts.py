@@ -272,8 +272,8 @@ class Segment:
     guide_until: int | None
     """Last step at which the guide is mixed in."""
     teacher: tuple[str, int] | None = None
-    """Branch and step of the checkpoint that is the teacher of the branch's dense target; None without one of this
-    run."""
+    """Branch (the parent, or a scout) and step of the checkpoint that is the teacher of the branch's dense target; None
+    without one of this run."""
     merge_weight: float | None = None
     """w of a merged start: the branch starts from theta + w (theta_plus - theta_minus), theta being the checkpoint that
     it was forked from; None: from theta itself."""
@@ -281,6 +281,8 @@ class Segment:
     """Branch and step of theta_plus; None without a merged start."""
     merge_minus: tuple[str, int] | None = None
     """Branch and step of theta_minus."""
+    is_scout: bool = False
+    """A disposable scout: it makes guides and a teacher, and is no result of the run."""
     removed: tuple[str, ...] = ()
     """Not empty: the branch ends here (`npo rm`); folders that were deleted, relative to the run directory."""
 

@@ -56,6 +56,8 @@ class RunListing:
     """running: a process holds the run; stopped: a branch was interrupted; damaged: it cannot be read."""
     note: str = ""
     """The process that holds it, the interrupted branches, or what is damaged."""
+    scouts: tuple[str, ...] = ()
+    """Its disposable scouts, which are not among the branches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

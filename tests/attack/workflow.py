@@ -17,10 +17,15 @@ LONGER = (*TINY, "train.num_steps=12", "train.save_every=3", "eval.every=6")
 AHEAD = ("train.staleness=2", "sampling.dynamic=true", "sampling.max_gen_batches=3")
 PAST = ("guide.experience.replay_fraction=0.5", "train.save_every=1")
 AT_6 = ("--at", "6")
+SCOUT = ("scout.num_updates=2", "scout.stop_reward=0.01", "scout.stop_window=2")
+TAUGHT = (
+    *("target.kind=distribution", "target.teacher=scout:ahead", "target.num_steps=3", "target.group_size=2"),
+    "train.num_steps=12",
+)
 BENCH = ("--methods", "grpo", "--seeds", "1", "--jobs", "1", "--grid", "train.lr=1e-4", *TINY, "eval.every=2")
 DONE = (
     *("the run has completed step", "already has a complete guide", "any more: it was removed"),
-    "exist already; nothing was written",
+    *("exist already; nothing was written", "were dropped when used"),
 )
 """What a command says that was killed after its last change."""
 
@@ -96,6 +101,19 @@ def list_commands(root: Path) -> list[WorkflowCommand]:
         ),
         plain("resume --guide, lazy", fork("lazy", "--guide", "lazy"), makes_kinds=False),
         plain("resume --no-guide", fork("spoiled", "--no-guide", "train.lr=3e-3"), makes_kinds=False),
+        plain("scout", always("scout", run, *AT_6, "--steps", "4", "--name", "ahead", *SCOUT), makes_kinds=False),
+        plain("resume, target.teacher=scout:ahead", fork("taught", "--no-guide", *TAUGHT), makes_kinds=False),
+        plain(
+            "scout with adapters",
+            always("scout", run, *AT_6, "--steps", "3", "--name", "light", "scout.lora.rank=2"),
+            makes_kinds=False,
+        ),
+        plain(
+            "sample-guide --source scout:light",
+            always(*sample, "--source", "scout:light", "--name", "light", "guide.cache.keep=all", *WHOLE_REPLAY),
+            makes_kinds=False,
+        ),
+        plain("resume --guide light", fork("light-guided", "--guide", "light"), makes_kinds=False),
         plain("replay", always(*again, *SCORING, *WHOLE_REPLAY), makes_kinds=False),
         plain("eval", always("eval", run, "--all", "--branch", "near")),
         plain("calibrate", always("calibrate", run, *AT_6, *scored, "--seeds", "1", "--steps", "4")),

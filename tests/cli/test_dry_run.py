@@ -35,11 +35,14 @@ def commands(run) -> dict[str, tuple[object, ...]]:
         "sample-guide": ("sample-guide", run, "--at", "2", "--source", "4"),
         "score-checkpoints": ("score-checkpoints", run, "--at", "2"),
         "replay": ("replay", run, "--at", "2"),
+        "scout": ("scout", run, "--at", "2", "--steps", "2", "scout.group_size=6"),
         "bench": ("bench", *BENCH, "--out", run.parent / "bench"),
     }
 
 
-@pytest.mark.parametrize("name", ["train", "resume", "fork", "sample-guide", "score-checkpoints", "replay", "bench"])
+@pytest.mark.parametrize(
+    "name", ["train", "resume", "fork", "sample-guide", "score-checkpoints", "replay", "scout", "bench"]
+)
 def test_dry_run_writes_nothing_and_fits_80_columns(run, name):
     before = folder_digests(run.parent)
     works = dry(*commands(run)[name])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.experiments.bench_plan import BenchRun, build_commands, find_remaining_command
-from tests.helpers.runs import TINY, copy_run, resume, sample, train
+from npo_cli.experiments.bench_plan import BenchRun, build_commands, check_plan, find_remaining_command, list_spans
+from tests.helpers.cli_errors import npo
+from tests.helpers.runs import TINY, WHOLE_REPLAY, copy_run, resume, sample, train
 
 
 def bench_run(folder: Path, method: str, *settings: str, teacher: str = "") -> BenchRun:
@@ -106,3 +107,31 @@ def test_method_plans_of_dense_targets_name_the_later_checkpoint_as_teacher(tmp_
         first, second = build_commands(bench_run(tmp_path, method, *steps))
         assert first[first.index("--until") + 1] == "2"
         assert "target.teacher=self" in second
+
+
+def test_method_plans_of_scouts_train_one_from_the_base_and_skip_it_once_it_was_used(tmp_path):
+    settings = ("scout.num_steps=2", "train.num_steps=4", *WHOLE_REPLAY)
+    here = bench_run(tmp_path, "matched/npo-scout", *settings)
+    check_plan(here)
+    assert as_typed(build_commands(here), tmp_path) == [
+        "train micro RUN --method matched/npo-scout --until 0",
+        "scout RUN --at 0 --name scout",
+        "sample-guide RUN --at 0 --source scout:scout --name early",
+        "resume RUN --at 0 --guide early --new-branch npo",
+    ]
+    spans = [(span.command[0], span.branch, span.first, span.last) for span in list_spans(here)]
+    assert spans == [
+        ("train", "main", 0, 0),
+        ("scout", "main", 0, 2),
+        ("sample-guide", "main", 0, 2),
+        ("resume", "main", 0, 4),
+    ]
+    training, scouting, sampling, _ = build_commands(here)
+    npo(*map(str, training))
+    assert find_remaining_command(scouting, here) == scouting
+    for command in (scouting, sampling):
+        assert npo(*command).code == 0
+        assert find_remaining_command(command, here) is None
+    assert find_remaining_command(scouting, here) is None
+    with pytest.raises(NpoError, match=r"needs scout.num_steps"):
+        check_plan(bench_run(tmp_path, "matched/npo-scout", "scout.num_steps=null"))

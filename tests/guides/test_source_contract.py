@@ -29,6 +29,8 @@ from npo_cli.session.session import open_task_and_policy
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
+from npo_cli.training.scout import scout_run
+from npo_cli.types.guides import ScoutRequest
 from npo_cli.types.rollouts import Prompt
 from tests.helpers.runs import copy_run, open_session_at, sample, train
 from tests.helpers.teachers import correct_response, correct_rows, write_traces
@@ -70,6 +72,8 @@ def test_guide_source_refuses_unknown_and_missing_options(name):
     ("text", "name", "options"),
     [
         ("100", "checkpoint", {"step": 100}),
+        ("scout:early", "scout", {"branch": "early"}),
+        ("scout:early@40", "scout", {"branch": "early", "step": 40}),
         ("run:runs/other", "run", {"dir": "runs/other"}),
         ("run:runs/other@late", "run", {"dir": "runs/other", "branch": "late"}),
         ("run:runs/other@late:7", "run", {"dir": "runs/other", "branch": "late", "step": 7}),
@@ -106,6 +110,8 @@ def specs(tmp_path_factory) -> Mapping[str, str]:
     folder = tmp_path_factory.mktemp("specs")
     root, other = folder / "run", folder / "other"
     train(root, "train.num_steps=6", "guide.cache.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
+    ahead = ScoutRequest(at=4, branch="main", steps=2, name="ahead", overrides=("scout.keep=true",))
+    list(scout_run(root, ahead))
     train(other, "train.seed=7", "train.num_steps=2")
     prompts = open_session_at(root, 4).task.train
     by_text = {prompt.text: prompt for prompt in prompts}
@@ -120,6 +126,7 @@ def specs(tmp_path_factory) -> Mapping[str, str]:
             "checkpoint": "6",
             "self": "self",
             "earlier": "earlier:2",
+            "scout": "scout:ahead",
             "base": "base",
             "run": f"run:{other}",
             "model": f"model:{find_checkpoint(open_run(root), 'main', 6).path}",

@@ -24,6 +24,7 @@ from npo_cli.types.guides import SourceSpec
 from npo_cli.types.rollouts import Prompt, Rollout
 
 if TYPE_CHECKING:
+    from npo_cli.config.recipe import ModelSettings
     from npo_cli.policy.model import Policy
     from npo_cli.session.session import Session
     from npo_cli.storage.checkpoints import Checkpoint
@@ -45,6 +46,8 @@ class SampledCheckpoint(GuideSource):
         self.checkpoint: Checkpoint
         self.prior_rollouts: Mapping[str, Sequence[Rollout]] = {}
         """Responses of the guide that exist already, by prompt id; they count as its first samples."""
+        self.guide_session: Session
+        """Holds the guide's weights; set by `open`."""
 
     @property
     def guide_step(self) -> int:
@@ -68,6 +71,17 @@ class SampledCheckpoint(GuideSource):
 
         super().open(session)
         load_checkpoint(session.policy, self.checkpoint)
+        self.guide_session = session
+
+    @property
+    def seed_label(self) -> tuple[str | int, ...]:
+        """Part of the seed of every response."""
+        return self.target.purpose, self.checkpoint.step
+
+    @property
+    def model_settings(self) -> ModelSettings:
+        """Of the guide: the learner's."""
+        return self.target.learner.recipe.model
 
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """In rounds, until a prompt is solved or all samples are drawn."""
@@ -78,11 +92,11 @@ class SampledCheckpoint(GuideSource):
         from npo_cli.session.session import sample_groups
 
         groups = sample_groups(
-            self.session,
+            self.guide_session,
             prompts,
-            seed_label=(self.target.purpose, self.guide_step),
+            seed_label=self.seed_label,
             slots=slots,
-            sampler_step=self.guide_step,
+            sampler_step=self.checkpoint.step,
             temperature=self.session.recipe.guide.cache.temperature,
         )
         return [
@@ -92,12 +106,10 @@ class SampledCheckpoint(GuideSource):
 
     def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """From the trainer's forward pass with the guide's weights; of recorded responses as recorded."""
-        sampled = [pair for pair in pairs if pair[1].sampler_step == self.guide_step]
-        temperature = self.session.recipe.guide.cache.temperature
-        logps = iter(compute_logprobs(self.session, sampled, temperature=temperature))
-        return [
-            next(logps) if rollout.sampler_step == self.guide_step else rollout.behavior_logps for _, rollout in pairs
-        ]
+        step, temperature = self.checkpoint.step, self.session.recipe.guide.cache.temperature
+        sampled = [pair for pair in pairs if pair[1].sampler_step == step]
+        logps = iter(compute_logprobs(self.guide_session, sampled, temperature=temperature))
+        return [next(logps) if rollout.sampler_step == step else rollout.behavior_logps for _, rollout in pairs]
 
     def load_teacher(self) -> Policy:
         """A second model with the checkpoint's weights, or adapters."""
@@ -105,7 +117,7 @@ class SampledCheckpoint(GuideSource):
         from npo_cli.storage.checkpoints import verify_checkpoint
 
         verify_checkpoint(self.checkpoint)
-        return load_policy(self.target.learner.recipe.model, self.checkpoint.path)
+        return load_policy(self.model_settings, self.checkpoint.path)
 
     def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are loaded for this pass."""
