@@ -180,7 +180,7 @@ def short_lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
     columns = (
         *(name_column("branch"), name_column("parent"), text_column("from step", "fork_step")),
         *(name_column("guide", "guide_cache", max_chars=16), count_column("until", "guide_until")),
-        Column("merged start", lambda one: fit(one.merge_spec, 16)),
+        Column("merged start", lambda one: fit(one.merge_spec, 24)),
         Column("", lambda one: "removed" if one.removed else "scout" if one.is_scout else ""),
     )
     return (build_table("Lineage", shown, columns, notes=notes, drops_empty=True),)
