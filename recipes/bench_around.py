@@ -115,7 +115,7 @@ def run_micro() -> Figures:
     from npo_cli.types.rollouts import StepReport
 
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(str(HERE / "recipes/micro.yaml"), ["train.num_steps=12", "eval.every=0"])
+        recipe = load_recipe("micro", ["train.num_steps=12", "eval.every=0"])
         reports = [record for record in train_run(Path(folder) / "run", recipe) if isinstance(record, StepReport)]
     steps = [report.timings for report in reports[2:]]
     names = {
@@ -235,7 +235,7 @@ def score_micro(*overrides: str) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         steps = ["train.num_steps=4", "train.save_every=1", "eval.every=0"]
-        recipe = load_recipe(str(HERE / "recipes/micro.yaml"), steps)
+        recipe = load_recipe("micro", steps)
         for _ in train_run(run, recipe):
             pass
 
