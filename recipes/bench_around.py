@@ -17,8 +17,8 @@ least. The decode loop beside transformers' `generate` has a script of its own, 
 - write_micro, write_long: record a step's rollouts, 16 x 8 x 18 and 4 x 8 x 1,035 tokens; seconds and bytes of a step.
 - save: for how long a save stops the training, in a run of micro that saves every second step.
 - weights: SmolLM2-135M takes the weights of a checkpoint that it has had before.
-- scoring, scoring_reuse: four checkpoints of micro on 64 prompts, 8 responses each, in two rounds of which the second
-  counts; the latter takes the log-probabilities of sampling (engine.reuse_logprobs).
+- scoring, scoring_reuse: four checkpoints of micro on 64 prompts, 8 responses each, in a process that has scored
+  before; the latter takes the log-probabilities of sampling (engine.reuse_logprobs), where the checkout can.
 """
 
 import argparse
@@ -228,9 +228,14 @@ def load_candidate() -> Figures:
 def score_micro(*overrides: str) -> Figures:
     """Seconds and CPU seconds of a scoring in a process that has scored before."""
     from npo_cli.config.loading import load_recipe
+    from npo_cli.errors import NpoError
     from npo_cli.guides.score import score_run
     from npo_cli.training.train import train_run
 
+    try:
+        load_recipe("micro", overrides)
+    except NpoError:  # a checkout without these settings
+        overrides = ()
     chosen = ["scoring.num_prompts=64", "guide.inject.max_accuracy=1.0", *overrides]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
