@@ -559,6 +559,7 @@ def test_score_with_a_sampler_thread_is_that_without_bit_for_bit(line, tmp_path,
     assert saved_scores(roots[1]) == saved_scores(roots[2])
 
 
+@pytest.mark.slow
 def test_score_reports_an_error_of_the_sampler_thread_and_continues_later(line, straight, tmp_path, monkeypatch):
     root, generate, calls = copy_run(line, tmp_path / "run"), TransformersEngine.generate, []
 
