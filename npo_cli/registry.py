@@ -1,5 +1,5 @@
 """What can be added to the package from outside, by name: engines, verifiers, tasks, trackers, guide sources, mix
-strategies, importance ratios, dense targets.
+strategies, importance ratios, dense targets, rungs of AutoNPO's ladder.
 
 One `Registry` per kind. The package's own classes are listed in it as `module:Class`, the form of an entry point; those
 of other packages are declared as entry points of its group, in their pyproject.toml:
@@ -22,7 +22,7 @@ from npo_cli.errors import NpoError, first_line
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registry:
-    """Classes of one kind by name (importance ratios, targets: objects). Each has its name as the attribute `name`."""
+    """Classes of one kind by name (importance ratios, targets, rungs: objects), each with its name as `name`."""
 
     kind: str
     """In errors: `engine`."""
@@ -203,7 +203,20 @@ TARGETS = Registry(
         "distribution": "npo_cli.losses.target:distribution",
     },
 )
-REGISTRIES = (GUIDE_SOURCES, TASKS, VERIFIERS, ENGINES, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS, TARGETS)
+RUNGS = Registry(
+    kind="rung",
+    setting="autonpo.ladder",
+    group="npo.rungs",
+    base="npo_cli.autonpo.rungs:Rung",
+    built_in={
+        "mistakes": "npo_cli.autonpo.rungs:mistakes",
+        "token_weight": "npo_cli.autonpo.rungs:token_weight",
+        "guide": "npo_cli.autonpo.rungs:guide",
+        "dense": "npo_cli.autonpo.rungs:dense",
+        "rollback": "npo_cli.autonpo.rungs:rollback",
+    },
+)
+REGISTRIES = (GUIDE_SOURCES, TASKS, VERIFIERS, ENGINES, TRACKERS, MIX_STRATEGIES, IMPORTANCE_RATIOS, TARGETS, RUNGS)
 """Every kind of plug-in."""
 
 

@@ -10,17 +10,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from npo_cli.config.autonpo import AutonpoSettings
+from npo_cli.registry import RUNGS
 from npo_cli.types.autonpo import (
     REJECTIONS,
     AutoNPOState,
     Phase,
     ProbeResult,
+    RungEffect,
+    RungForecast,
     Transition,
     TransitionName,
     TriggerReading,
 )
 
-TRAINING_PHASES: tuple[Phase, ...] = ("TRAIN", "REPLAY", "COOLDOWN")
+TRAINING_PHASES: tuple[Phase, ...] = ("TRAIN", "WINDOW", "REPLAY", "COOLDOWN")
 """Phases in which training steps are executed; in every other one the driver performs an action."""
 
 
@@ -31,6 +34,32 @@ class StepObserved:
     reading: TriggerReading
     has_checkpoint: bool
     """Whether the policy after this step is on disk: only then can it be the guide."""
+    effect: RungEffect | None = None
+    """Of the rung before, where this step completes its measurement (`is_effect_due`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungForecasted:
+    """A rung of the ladder that needs no probe was forecast."""
+
+    forecast: RungForecast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungApplied:
+    """A branch was created on which a rung is in effect."""
+
+    branch: str
+    to_step: int
+    """Step of the current branch that it forks from: the newest, or that of a rollback."""
+    until_step: int
+    """Last step of the window."""
+    settings: tuple[str, ...]
+    """KEY=VALUE of the window, in the recipe of the branch."""
+    undo: Mapping[str, Any]
+    """The same keys with their values before."""
+    guide: str | None
+    """Guide cache that is sampled while training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +112,16 @@ class ReplayTested:
     """The branch to return to if the replay is worse."""
 
 
-ControllerEvent = StepObserved | ProbeFinished | PrerequisiteMissing | GuideBuilt | RollbackDone | ReplayTested
+ControllerEvent = (
+    StepObserved
+    | RungForecasted
+    | RungApplied
+    | ProbeFinished
+    | PrerequisiteMissing
+    | GuideBuilt
+    | RollbackDone
+    | ReplayTested
+)
 
 
 def advance(
@@ -98,11 +136,20 @@ def advance(
             run.require_phase("PROBE")
             if result.is_accepted:
                 assert result.distance is not None, "an accepted probe has a distance"
-                run.record("probe_accepted", asdict(result), phase="GUIDE_GEN", distance=result.distance)
+                phase: Phase = "APPLY" if has_window(state.rung) else "GUIDE_GEN"
+                run.record("probe_accepted", asdict(result), phase=phase, distance=result.distance)
             else:
-                run.start_cooldown("probe_rejected", asdict(result))
+                run.refuse_rung("probe_rejected", asdict(result), has_evidence=True)
+        case RungForecasted(forecast=forecast):
+            run.require_phase("FORECAST")
+            if forecast.is_taken:
+                run.record("rung_chosen", asdict(forecast), phase="APPLY")
+            else:
+                run.refuse_rung("rung_refused", asdict(forecast), has_evidence=forecast.value is not None)
+        case RungApplied():
+            run.start_window(event)
         case PrerequisiteMissing():
-            run.require_phase("PROBE", "GUIDE_GEN", "ROLLBACK", "ACCEPTANCE_TEST")
+            run.require_phase("FORECAST", "PROBE", "APPLY", "GUIDE_GEN", "ROLLBACK", "ACCEPTANCE_TEST")
             run.start_cooldown("prerequisite_missing", asdict(event))
         case GuideBuilt():
             run.require_phase("GUIDE_GEN")
@@ -126,6 +173,16 @@ def advance(
     return run.state, tuple(run.transitions)
 
 
+def is_effect_due(state: AutoNPOState, step: int) -> bool:
+    """Whether a step, the next one of the state, completes what a rung's effect is measured on: its cooldown."""
+    return state.rung is not None and state.phase == "COOLDOWN" and step == state.until_step
+
+
+def has_window(rung: str | None) -> bool:
+    """Whether an intervention is a window of steps with other settings; the published one (None) is a replay."""
+    return rung is not None and RUNGS.get(rung).has_window
+
+
 def explain_no_trigger(state: AutoNPOState, reading: TriggerReading, settings: AutonpoSettings) -> str:
     """One word for why a step did not trigger, given the state after it.
 
@@ -134,6 +191,8 @@ def explain_no_trigger(state: AutoNPOState, reading: TriggerReading, settings: A
     assert state.step == reading.step, "the state after this very step"
     if state.phase in ("REPLAY", "ACCEPTANCE_TEST"):
         return "replay"
+    if state.phase == "WINDOW":
+        return "window"
     if state.phase == "COOLDOWN":
         return "cooldown"
     assert state.phase == "TRAIN", f"a step in {state.phase} did trigger"
@@ -168,21 +227,78 @@ class _Advance:
 
     def leave_train(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
         """An intervention begins, and any streak ends."""
-        cleared = {"stagnation_streak": 0, "has_warned": False, "until_step": None, "distance": None}
+        cleared = {"stagnation_streak": 0, "has_warned": False, "until_step": None, "distance": None, "rung": None}
         self.record(name, evidence, **{**cleared, **changes})
 
     def start_cooldown(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
         """Any end of an intervention: after one at step t, step t + cooldown + 1 is the first to count again.
 
-        The n-th rejection in a row has a cooldown of 2^(n-1) cooldown_steps; a replay that lasts ends the row.
+        The n-th rejection in a row has a cooldown of 2^(n-1) cooldown_steps; a replay that lasts ends the row. With a
+        ladder the rung waits instead, and of a rung that lasts the effect is measured in the cooldown.
         """
         is_rejection, lasts = name in REJECTIONS and name != "prerequisite_missing", name.startswith("replay_")
-        before = self.state.num_rejections
+        before, rung = self.state.num_rejections, self.state.rung
         rejections = before + 1 if is_rejection else 0 if lasts else before
         doublings = before if is_rejection else 0
+        if rung is not None:
+            rejections, doublings = before, 0
+            changes |= self.back_off(rung) if is_rejection else {}
+            rung = None if name in REJECTIONS else rung
         until = self.state.step + self.settings.trigger.cooldown_steps * 2**doublings
-        ended = {"until_step": until, "distance": None, "is_early": False, "num_rejections": rejections}
+        ended = {"until_step": until, "distance": None, "is_early": False, "num_rejections": rejections, "rung": rung}
         self.record(name, evidence, phase="COOLDOWN", **ended, **changes)
+
+    # The ladder
+
+    def climb(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
+        """Consider the next rung that does not wait; after the last one a cooldown, until one may be considered."""
+        ladder, rung, step = self.settings.ladder, self.state.rung, self.state.step
+        waits = changes.get("waits", self.state.waits)
+        left = ladder[ladder.index(rung) + 1 :] if rung in ladder else ladder
+        due = next((each for each in left if step > waits.get(each, -1)), None)
+        if due is not None:
+            self.record(name, evidence, phase=first_phase(due), rung=due, **changes)
+            return
+        first = min(waits.get(each, -1) for each in ladder)
+        until = max(step + self.settings.trigger.cooldown_steps, first)
+        self.record(name, evidence, **{**changes, "phase": "COOLDOWN", "rung": None, "until_step": until})
+
+    def refuse_rung(self, name: TransitionName, evidence: Mapping[str, Any], *, has_evidence: bool) -> None:
+        """Go on to the next rung. `has_evidence`: against this one, so that it waits; else it was not available."""
+        if self.state.rung is None:
+            self.start_cooldown(name, evidence)
+            return
+        self.climb(name, evidence, **(self.back_off(self.state.rung) if has_evidence else {}))
+
+    def back_off(self, rung: str) -> dict[str, Any]:
+        """A rung refused n times in a row, or found not to pay, waits 2^(n-1) cooldown_steps."""
+        before = self.state.refusals.get(rung, 0)
+        until = self.state.step + self.settings.trigger.cooldown_steps * 2**before
+        return {
+            "refusals": {**self.state.refusals, rung: before + 1},
+            "waits": {**self.state.waits, rung: until},
+        }
+
+    def start_window(self, event: RungApplied) -> None:
+        self.require_phase("APPLY")
+        assert event.to_step < event.until_step, "a window has at least one step"
+        self.record(
+            "rung_applied",
+            {"rung": self.state.rung, **asdict(event), "parent": self.state.branch},
+            branch=event.branch,
+            step=event.to_step,
+            until_step=event.until_step,
+            phase="WINDOW",
+            num_interventions=self.count_intervention(),
+        )
+
+    def record_effect(self, effect: RungEffect) -> None:
+        """The measured rung may be considered again: at once if it paid, else after a wait."""
+        changes = self.back_off(effect.rung)
+        if effect.value >= 1:
+            kept = {rung: count for rung, count in self.state.refusals.items() if rung != effect.rung}
+            changes = {"refusals": kept}
+        self.record("rung_measured", asdict(effect), rung=None, **changes)
 
     def observe_step(self, event: StepObserved) -> None:
         self.require_phase(*TRAINING_PHASES)
@@ -192,12 +308,19 @@ class _Advance:
         if self.state.phase == "REPLAY":
             self.observe_replay_step(step)
             return
+        if self.state.phase == "WINDOW":
+            assert self.state.until_step is not None
+            if step >= self.state.until_step:
+                self.start_cooldown("window_done", {"rung": self.state.rung})
+            return
         if self.state.phase == "COOLDOWN":
             assert self.state.until_step is not None
+            if event.effect is not None:
+                self.record_effect(event.effect)
             # A cooldown that begins in the warm-up (early bootstrap) lasts at least as long as the warm-up.
             if step <= max(self.state.until_step, warmup):
                 return
-            self.record("armed", {}, phase="TRAIN", until_step=None)
+            self.record("armed", {}, phase="TRAIN", until_step=None, rung=None)
         elif last <= warmup < step:
             self.record("armed", {})
         self.observe_train_step(event)
@@ -230,8 +353,10 @@ class _Advance:
             if self.is_limit_reached():
                 evidence["num_interventions"] = self.state.num_interventions
                 self.record("limit_reached", evidence, has_warned=False)
-            else:
+            elif self.settings.is_published:
                 self.leave_train("trigger", evidence, phase="PROBE")
+            else:
+                self.climb("trigger", evidence, stagnation_streak=0, has_warned=False, until_step=None, distance=None)
 
     def update_streak(self, reading: TriggerReading) -> None:
         """The streak grows, ends, or (values missing) stays; at `patience` it becomes a warning."""
@@ -269,6 +394,11 @@ class _Advance:
             phase="REPLAY",
             num_interventions=self.count_intervention(),
         )
+
+
+def first_phase(rung: str) -> Phase:
+    """What a rung begins with: its forecast, or the probe that makes one."""
+    return "PROBE" if RUNGS.get(rung).needs_probe else "FORECAST"
 
 
 def _reading_evidence(reading: TriggerReading, streak: int) -> dict[str, Any]:

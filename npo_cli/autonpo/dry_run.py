@@ -19,9 +19,12 @@ from npo_cli.autonpo.controller import (
     ProbeFinished,
     ReplayTested,
     RollbackDone,
+    RungApplied,
+    RungForecasted,
     StepObserved,
     advance,
     explain_no_trigger,
+    has_window,
 )
 from npo_cli.autonpo.log_files import read_rows
 from npo_cli.autonpo.preflight import dump_autonpo_settings
@@ -37,7 +40,14 @@ from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.layout import FIRST_BRANCH, RunDir, is_run_directory, open_run
 from npo_cli.storage.lineage import ancestry, find_main_branch
 from npo_cli.storage.metrics import read_metrics
-from npo_cli.types.autonpo import AutoNPOState, NonTriggerSpan, ProbeResult, Transition, TriggerReading
+from npo_cli.types.autonpo import (
+    AutoNPOState,
+    NonTriggerSpan,
+    ProbeResult,
+    RungForecast,
+    Transition,
+    TriggerReading,
+)
 from npo_cli.types.costs import RunCosts
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import Conclusion
@@ -65,6 +75,9 @@ class DryRun:
     readings: tuple[TriggerReading, ...]
     transitions: tuple[Transition, ...]
     reasons: tuple[tuple[int, str], ...]
+
+
+ONCE = "assumed to be applied once"
 
 
 # Loading metrics
@@ -133,13 +146,40 @@ def simulate_autonpo(record: RecordedRun) -> DryRun:
         event = StepObserved(reading=reading, has_checkpoint=signal.step % record.save_every == 0)
         state, new = advance(state, event, settings)
         transitions += new
-        if state.phase in ("TRAIN", "COOLDOWN"):
+        if state.phase in ("TRAIN", "WINDOW", "COOLDOWN"):
             reasons.append((signal.step, explain_no_trigger(state, reading, settings)))
-        # An intervention is simulated to its end within the step.
-        while state.phase not in ("TRAIN", "COOLDOWN"):
-            state, new = advance(state, assume_event(state, event, record), settings)
+        # An intervention is simulated to its end within the step; a window that loses no step takes recorded steps.
+        while state.phase not in ("TRAIN", "COOLDOWN") and not (state.phase == "WINDOW" and state.step == signal.step):
+            assumed = assume_rung(state, event, record, before=transitions) or assume_event(state, event, record)
+            state, new = advance(state, assumed, settings)
             transitions += [mark_assumed(transition, record) for transition in new]
     return DryRun(readings=tuple(readings), transitions=tuple(transitions), reasons=tuple(reasons))
+
+
+def assume_rung(
+    state: AutoNPOState, observed: StepObserved, record: RecordedRun, *, before: Sequence[Transition]
+) -> ControllerEvent | None:
+    """What happens to a rung with a window, which is assumed to be available and to be applied once: its effect is
+    unknown. None for the published rollback."""
+    rung, step = state.rung, observed.reading.step
+    if rung is None or not has_window(rung):
+        return None
+    distances = find_reachable_distances(record, step)
+    is_used = any(one.event == "rung_applied" and one.evidence["rung"] == rung for one in before)
+    reason = ONCE if is_used else ""
+    match state.phase:
+        case "FORECAST":
+            return RungForecasted(forecast=RungForecast(rung=rung, basis="untried", value=1.0, reason=reason))
+        case "PROBE" if is_used or distances:
+            distance = None if is_used else distances[0]
+            result = ProbeResult(is_accepted=not is_used, reason=reason, distance=distance, strata=(), scores=())
+            return ProbeFinished(result=result)
+        case "APPLY":
+            to_step, length = step - (state.distance or 0), record.recipe.autonpo.rungs.num_steps
+            until = to_step + min(length, state.distance or length)
+            return RungApplied(branch=state.branch, to_step=to_step, until_step=until, settings=(), undo={}, guide=None)
+        case _:
+            return None
 
 
 def assume_event(state: AutoNPOState, observed: StepObserved, record: RecordedRun) -> ControllerEvent:
@@ -180,7 +220,11 @@ def mark_assumed(transition: Transition, record: RecordedRun) -> Transition:
         if transition.state.is_early
         else [step - distance for distance in find_reachable_distances(record, step)]
     )
+    rung = {"rung": transition.evidence.get("rung")}
     evidence = {
+        "rung_chosen": rung,
+        "rung_refused": rung,
+        "rung_applied": {**rung, **{name: transition.evidence.get(name) for name in ("to_step", "until_step")}},
         "probe_accepted": {"distance": transition.state.distance},
         "guide_built": {},
         "rolled_back": {"to_steps": sorted(steps)},

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from npo_cli.autonpo.preflight import find_start, usable_distances, validate_autonpo_settings
+from npo_cli.autonpo.rungs import Rung, undo_rung
 from npo_cli.config.recipe import Recipe
+from npo_cli.registry import RUNGS
 from npo_cli.session.dry_run import open_dry_session, plan_samples, plan_steps, recorded_length
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lock import hold_unchanged
@@ -27,8 +29,9 @@ def plan_autonpo_resume(
     run = open_run(root)
     with hold_unchanged(run):
         start, _ = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
-        with open_dry_session(run, start.recipe, checkpoint=start.checkpoint) as session:
-            validate_autonpo_settings(start.recipe, len(session.task.train))
+        recipe = undo_rung(run, start.recipe, start.branch)
+        with open_dry_session(run, recipe, checkpoint=start.checkpoint) as session:
+            validate_autonpo_settings(recipe, len(session.task.train))
             if start.is_new:
                 yield Notice(message=f"new branch: {start.branch}")
             first = 1 if start.checkpoint is None else start.checkpoint.step + 1
@@ -48,13 +51,18 @@ def plan_interventions(recipe: Recipe, *, mean_length: float | None) -> Iterator
     distance = min(usable_distances(recipe)[-1], train.num_steps)
     if autonpo.max_interventions >= 0:
         yield Notice(message=f"at most {autonpo.max_interventions} interventions")
-    yield plan_samples(
-        "an intervention: probe",
-        num_prompts=autonpo.probe.num_prompts,
-        samples_per_prompt=autonpo.probe.samples_per_prompt,
-        recipe=recipe,
-        mean_length=mean_length,
-    )
+    rungs: list[Rung] = [RUNGS.get(name) for name in autonpo.ladder]
+    if any(rung.needs_probe for rung in rungs):
+        yield plan_samples(
+            "an intervention: probe",
+            num_prompts=autonpo.probe.num_prompts,
+            samples_per_prompt=autonpo.probe.samples_per_prompt,
+            recipe=recipe,
+            mean_length=mean_length,
+        )
+    yield from (plan_window(rung, recipe, mean_length=mean_length) for rung in rungs if rung.has_window)
+    if all(rung.has_window for rung in rungs):
+        return
     yield plan_samples(
         "an intervention: guide",
         num_prompts=min(recipe.task.pool_size, distance * train.prompts_per_step),
@@ -66,6 +74,25 @@ def plan_interventions(recipe: Recipe, *, mean_length: float | None) -> Iterator
         f"an intervention: {distance} steps",
         num_prompts=distance * train.prompts_per_step,
         samples_per_prompt=train.group_size,
+        recipe=recipe,
+        mean_length=mean_length,
+    )
+
+
+def plan_window(rung: Rung, recipe: Recipe, *, mean_length: float | None) -> PlannedWork:
+    """At most what the window of a rung adds: its guide, the steps that a rollback trains again, or nothing but the
+    steps that are trained anyway."""
+    autonpo, train = recipe.autonpo, recipe.train
+    num_prompts = min(autonpo.rungs.num_steps, train.num_steps) * train.prompts_per_step
+    samples = 0
+    if rung.samples_guide:
+        num_prompts, samples = min(recipe.task.pool_size, num_prompts), recipe.guide.cache.samples_per_prompt
+    elif rung.needs_probe:
+        samples = autonpo.rungs.group_size
+    return plan_samples(
+        f"an intervention: {rung.name}",
+        num_prompts=num_prompts if samples else 0,
+        samples_per_prompt=samples,
         recipe=recipe,
         mean_length=mean_length,
     )

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from npo_cli.autonpo.rollback_choice import BIDIRECTIONAL_KINDS
+from npo_cli.autonpo.rungs import find_undo
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.registry import RUNGS
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_first_segment, refuse_scout
+from npo_cli.storage.lineage import find_first_segment, find_main_branch, refuse_scout
 from npo_cli.training.start_point import ResumePoint, find_resume_point, fork
 from npo_cli.types.autonpo import AutoNPOState
 
@@ -41,6 +43,7 @@ def validate_autonpo_settings(recipe: Recipe, num_prompts: int) -> None:
     validate_pool_and_probe(recipe)
     validate_cooldown(recipe)
     validate_early(recipe)
+    validate_ladder(recipe)
     most = max_failed_prompts(recipe, num_prompts=num_prompts)
     for key, wanted in (
         ("autonpo.probe.num_prompts", recipe.autonpo.probe.num_prompts),
@@ -149,6 +152,20 @@ def validate_cooldown(recipe: Recipe) -> None:
         )
 
 
+def validate_ladder(recipe: Recipe) -> None:
+    """Every rung could be applied, and there are steps to measure it on."""
+    auto = recipe.autonpo
+    if auto.is_published:
+        return
+    if auto.trigger.cooldown_steps == 0:
+        raise NpoError(
+            "autonpo.trigger.cooldown_steps is 0: the effect of a rung of autonpo.ladder is measured in its cooldown",
+            f"autonpo.trigger.cooldown_steps={auto.trigger.window}",
+        )
+    for name in auto.ladder:
+        RUNGS.get(name).check(recipe)
+
+
 def validate_early(recipe: Recipe) -> None:
     """The scout needs a checkpoint at its end, and at the end of the replay if the two are compared."""
     early, train = recipe.autonpo.early, recipe.train
@@ -204,7 +221,9 @@ def find_start(
 ) -> tuple[ResumePoint, AutoNPOState]:
     """The branch to continue, and the controller's state there."""
     if at is not None:
-        start = fork(run, source_branch, at, overrides=overrides, guide=None, new_branch=new_branch, steps=None)
+        undo = find_undo(run, source_branch or find_main_branch(run))
+        replay = {"guide": None, "new_branch": new_branch, "steps": None}
+        start = fork(run, source_branch, at, overrides=overrides, undo=undo, **replay)
         return start, AutoNPOState(branch=start.branch, step=at)
     before = read_transitions(run)
     if before:

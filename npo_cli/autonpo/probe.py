@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
+from npo_cli.autonpo.controller import has_window
 from npo_cli.autonpo.preflight import usable_distances
 from npo_cli.autonpo.rollback_choice import (
     DriftSamples,
@@ -20,6 +21,7 @@ from npo_cli.autonpo.rollback_choice import (
     stratify_failed_prompts,
 )
 from npo_cli.autonpo.sequential_test import plan_looks
+from npo_cli.config.recipe import Recipe
 from npo_cli.guides.source import make_spec, read_or_compute_logprobs
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.scoring.forecast import ReplaySegment
@@ -57,6 +59,8 @@ class Probe:
     num_steps: int | None
     """Steps of the replay; None: as many as the distance."""
     seed: int
+    is_dense: bool = False
+    """The replay would have a dense target, no guide (`dense` of the ladder)."""
 
     @property
     def store(self) -> SampleStore:
@@ -104,6 +108,7 @@ def start_probe(session: Session, state: AutoNPOState, current: Checkpoint) -> P
         distances=distances,
         num_steps=num_steps,
         seed=derive_seed(recipe.train.seed, "probe", state.branch, current.step),
+        is_dense=has_window(state.rung),
     )
 
 
@@ -191,10 +196,17 @@ def describe_segments(probe: Probe, distances: Sequence[int]) -> dict[int, Repla
         segment = totals.describe_replay(
             guide, num_steps=num_steps, lost_steps=distance, num_prompts=num_prompts, scoring_tokens=0
         )
-        found[distance] = replace(
-            segment, samples_all=False, eligible_share=1.0, eligible_per_step=num_prompts / num_steps
-        )
+        segment = replace(segment, samples_all=False, eligible_share=1.0, eligible_per_step=num_prompts / num_steps)
+        found[distance] = shorten_to_window(segment, probe.session.recipe) if probe.is_dense else segment
     return found
+
+
+def shorten_to_window(segment: ReplaySegment, recipe: Recipe) -> ReplaySegment:
+    """The replay of the rung `dense`: shorter, with no guide to sample; every rollout of a failed prompt has a target,
+    which counts as much as a response in a slot. The tokens that smaller groups save are not counted."""
+    rungs = recipe.autonpo.rungs
+    num_steps = min(rungs.num_steps, segment.num_steps)
+    return replace(segment, num_steps=num_steps, slots=rungs.group_size, eligible_share=0.0)
 
 
 def sample_probe_groups(probe: Probe, prompt_ids: Sequence[str]) -> Generator[Progress, None, list[Group]]:

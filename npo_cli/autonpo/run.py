@@ -8,10 +8,9 @@ weights as training with it, as long as the checkpoints it needs are still there
 """
 
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from npo_cli.autonpo.actions import (
     perform_acceptance_test,
@@ -19,8 +18,12 @@ from npo_cli.autonpo.actions import (
     perform_probe,
     perform_rollback,
 )
-from npo_cli.autonpo.controller import TRAINING_PHASES, ControllerEvent, StepObserved, advance
+from npo_cli.autonpo.controller import TRAINING_PHASES, ControllerEvent, StepObserved, advance, is_effect_due
 from npo_cli.autonpo.preflight import dump_autonpo_settings, find_start, usable_distances, validate_autonpo_settings
+from npo_cli.autonpo.rung_actions import enter_window, perform_apply, perform_forecast
+from npo_cli.autonpo.rung_effect import measure_rung
+from npo_cli.autonpo.rungs import undo_rung
+from npo_cli.autonpo.signals import parse_trigger_input, read_trigger_inputs
 from npo_cli.autonpo.trigger import Trigger, TriggerInput, is_finite
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import StoppedEarly, quote_path
@@ -34,10 +37,10 @@ from npo_cli.storage.autonpo_log import append_transitions, read_transitions
 from npo_cli.storage.checkpoints import Checkpoint, find_resume_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.interrupted import record_finish
-from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import ancestry, find_newest_branch
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.storage.lock import lock_run
-from npo_cli.storage.metrics import append_event, read_metrics
+from npo_cli.storage.metrics import append_event
 from npo_cli.training.loop import grpo_steps
 from npo_cli.training.merge import save_merged_start
 from npo_cli.training.resume import damage_warnings, load_first_state, open_active_guide, record_start
@@ -50,11 +53,13 @@ from npo_cli.training.train import (
     open_trainer,
     startup_warnings,
 )
-from npo_cli.types.autonpo import AutoNPOState, Transition
+from npo_cli.types.autonpo import AutoNPOState, RungEffect, Transition
 from npo_cli.types.costs import RunCosts
 from npo_cli.types.rollouts import Notice, Progress, StepReport, TrainingRecord
 
 ACTIONS = {
+    "FORECAST": perform_forecast,
+    "APPLY": perform_apply,
     "PROBE": perform_probe,
     "GUIDE_GEN": perform_guide_build,
     "ROLLBACK": perform_rollback,
@@ -81,9 +86,10 @@ def resume_autonpo(
     run = open_run(root)
     with lock_run(run), stop_between_steps(stop) as stop:
         start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
-        with open_session(run, start.recipe, checkpoint=start.checkpoint, trains=True) as session:
+        recipe = undo_rung(run, start.recipe, start.branch)
+        with open_session(run, recipe, checkpoint=start.checkpoint, trains=True) as session:
             num_prompts = len(session.task.train)
-            validate_autonpo_settings(start.recipe, num_prompts)
+            validate_autonpo_settings(recipe, num_prompts)
             record_start(run, start, overrides)
             yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=num_prompts))
             yield from damage_warnings(run, start)
@@ -144,19 +150,6 @@ def log_settings(session: Session, state: AutoNPOState) -> Generator[Transition,
 
 
 # The driver
-
-
-def read_trigger_inputs(run: RunDir, branch: str, step: int) -> Iterator[TriggerInput]:
-    """Recorded reward and entropy along the branch's ancestry up to a step, oldest first."""
-    for span in ancestry(run, branch):
-        for row in read_metrics(run, span.branch):
-            if span.contains(row["step"]) and row["step"] <= step:
-                yield parse_trigger_input(row)
-
-
-def parse_trigger_input(row: Mapping[str, Any]) -> TriggerInput:
-    """Reward and entropy of a step's metrics; an absent number is missing."""
-    return TriggerInput(step=row["step"], reward=row.get("reward"), entropy=row.get("entropy"))
 
 
 class AutoNPODriver:
@@ -247,7 +240,19 @@ class AutoNPODriver:
     def apply_step(self, signal: TriggerInput) -> None:
         """One step to the trigger and the controller; only a step with a checkpoint can be the guide."""
         at_checkpoint = signal.step % self.recipe.train.save_every == 0
-        self.apply(StepObserved(reading=self.trigger.observe(signal), has_checkpoint=at_checkpoint))
+        effect = self.measure_rung(signal.step) if is_effect_due(self.state, signal.step) else None
+        self.apply(StepObserved(reading=self.trigger.observe(signal), has_checkpoint=at_checkpoint, effect=effect))
+
+    def measure_rung(self, step: int) -> RungEffect | None:
+        """The effect of the rung whose cooldown ends at this step."""
+        assert self.state.rung is not None, "a rung is measured"
+        return measure_rung(
+            self.run,
+            read_transitions(self.run),
+            rung=self.state.rung,
+            last=step,
+            rollouts_per_step=self.recipe.train.prompts_per_step * self.recipe.train.group_size,
+        )
 
     def save_transitions(self) -> Iterator[DriverRecord]:
         """Write the transitions before anything is done about them, then report them."""
@@ -286,19 +291,20 @@ class AutoNPODriver:
         if newest is not None:
             with measure_startup("load", "the checkpoint"):
                 load_checkpoint(self.session.policy, newest)
-        with open_active_guide(self.session, start.segment) as active_guide:
-            yield from self.train_from(start, active_guide)
+        session = enter_window(self.session, self.state.branch, 0 if newest is None else newest.step)
+        with open_active_guide(session, start.segment) as active_guide:
+            yield from self.train_from(session, start, active_guide)
 
-    def train_from(self, start: ResumePoint, active_guide: ActiveGuide | None) -> Iterator[DriverRecord]:
-        """The same from that point, whose weights are loaded."""
-        optimizer = build_optimizer(self.session.policy.model, self.recipe.train)
-        state = yield from load_first_state(self.session, optimizer, start)
+    def train_from(
+        self, session: Session, start: ResumePoint, active_guide: ActiveGuide | None
+    ) -> Iterator[DriverRecord]:
+        """The same from that point, whose weights are loaded, in the session of the branch."""
+        optimizer = build_optimizer(session.policy.model, self.recipe.train)
+        state = yield from load_first_state(session, optimizer, start)
         if start.is_merge_due:
-            yield from save_merged_start(self.session, optimizer, state, branch=start.branch)
+            yield from save_merged_start(session, optimizer, state, branch=start.branch)
         charge_startup(self.run, branch=self.state.branch, step=state.step)
-        trainer = open_trainer(
-            self.session, optimizer, branch=self.state.branch, step=state.step, active_guide=active_guide
-        )
+        trainer = open_trainer(session, optimizer, branch=self.state.branch, step=state.step, active_guide=active_guide)
 
         def observe(report: StepReport) -> bool:
             signal = parse_trigger_input({"step": report.step, **report.metrics})

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from npo_cli.config.base import IS_SET, Settings, walk_fields
-from npo_cli.registry import ENGINES, IMPORTANCE_RATIOS, MIX_STRATEGIES, TARGETS, TASKS, TRACKERS, VERIFIERS
+from npo_cli.registry import ENGINES, IMPORTANCE_RATIOS, MIX_STRATEGIES, RUNGS, TARGETS, TASKS, TRACKERS, VERIFIERS
 
 REGISTRIES = {
-    each.setting: each for each in (ENGINES, IMPORTANCE_RATIOS, MIX_STRATEGIES, TARGETS, TASKS, TRACKERS, VERIFIERS)
+    each.setting: each
+    for each in (ENGINES, IMPORTANCE_RATIOS, MIX_STRATEGIES, RUNGS, TARGETS, TASKS, TRACKERS, VERIFIERS)
 }
 """Settings whose values are names that a plug-in may add."""
 Conditions = Mapping[str, Any]

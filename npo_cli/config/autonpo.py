@@ -4,11 +4,15 @@ The paper states none of these values; the defaults are this project's, explaine
 AutoNPO also reads train.save_every, train.keep_full_checkpoints, scoring.*, guide.cache.* and guide.inject.*.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from npo_cli.config.base import FORK, FREE, Count, Decay, Settings, Share
+from npo_cli.config.base import FORK, FREE, Count, Decay, Settings, Share, applies_when
+from npo_cli.registry import RUNGS
+
+PUBLISHED_LADDER = ("rollback",)
+"""AutoNPO as published: one intervention, the rollback."""
 
 
 class TriggerSettings(Settings):
@@ -149,6 +153,43 @@ class EarlySettings(Settings):
     replay_steps: Count = Field(20, description="Steps after the restart in which the scout's responses are injected.")
 
 
+class RungSettings(Settings):
+    """What the rungs of the ladder below the rollback do, each for a window of steps on a new branch."""
+
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    num_steps: Count = Field(
+        20,
+        description="Length of a window in steps; of `dense` at most the distance of its rollback.",
+        json_schema_extra=applies_when({"autonpo.ladder": ["mistakes", "token_weight", "guide", "dense"]}),
+    )
+    mistakes: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="mistakes: order.mistakes in the window.",
+        json_schema_extra=applies_when({"autonpo.ladder": ["mistakes"]}),
+    )
+    teacher: str | None = Field(
+        None,
+        description="token_weight: guide source SPEC of the teacher (null: the checkpoint of the line with the highest "
+        "average reward, if that is above the present one by more than the trigger's noise).",
+        json_schema_extra=applies_when({"autonpo.ladder": ["token_weight"]}),
+    )
+    guide: str = Field(
+        "extrapolated:logits,k=20,a=1",
+        description="guide: guide source SPEC, sampled while training for the groups that pass "
+        "guide.inject.max_accuracy.",
+        json_schema_extra=applies_when({"autonpo.ladder": ["guide"]}),
+    )
+    group_size: int = Field(
+        2,
+        ge=2,
+        description="dense: rollouts per prompt in the window.",
+        json_schema_extra=applies_when({"autonpo.ladder": ["dense"]}),
+    )
+
+
 class AutonpoSettings(Settings):
     """AutoNPO: automatic interventions (trigger, probe, rollback, guided replay)."""
 
@@ -159,9 +200,30 @@ class AutonpoSettings(Settings):
         "limit).",
         json_schema_extra=FREE,
     )
+    ladder: tuple[Annotated[str, AfterValidator(RUNGS.check)], ...] = Field(
+        PUBLISHED_LADDER,
+        description="Interventions that a trigger may lead to, cheapest first; the first forecast to pay is made: "
+        "`mistakes` (mistakes first), `token_weight` (token weights from a better checkpoint), `guide` (guides without "
+        "a rollback), `dense` (short rollback, dense target), `rollback` (as published); or one from a plug-in.",
+        json_schema_extra=FREE,
+    )
+    rungs: RungSettings = RungSettings()
     trigger: TriggerSettings = TriggerSettings()
     pool: PoolSettings = PoolSettings()
     probe: ProbeSettings = ProbeSettings()
     rollback: RollbackSettings = RollbackSettings()
     replay: ReplaySettings = ReplaySettings()
     early: EarlySettings = EarlySettings()
+
+    @model_validator(mode="after")
+    def _rungs_differ(self) -> "AutonpoSettings":
+        if not self.ladder:
+            raise ValueError("autonpo.ladder must name at least one rung: autonpo.max_interventions=0 makes none")
+        if len(set(self.ladder)) < len(self.ladder):
+            raise ValueError("autonpo.ladder must not name a rung twice")
+        return self
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the rollback is the only intervention."""
+        return self.ladder == PUBLISHED_LADDER

@@ -4,6 +4,7 @@ Plain YAML 1.2: `3e-4` is a number, `yes` and `010` are text, aliases and repeat
 strictly: text is never converted to a number, nor 1 to true.
 """
 
+import copy
 import inspect
 import json
 import os
@@ -216,6 +217,18 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with KEY=VALUE settings on top."""
     base = SettingsLayer(values=recipe_to_dict(recipe), locations={})
     return _validate([base, *map(_parse_override, overrides)], source="the run's recipe")
+
+
+def replace_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of a recipe with other values at dotted keys."""
+    changed = copy.deepcopy(dict(values))
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = changed
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return changed
 
 
 def override_saved_recipe(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from npo_cli.autonpo.preflight import validate_autonpo_settings
+from npo_cli.autonpo.rungs import find_largest_window
 from npo_cli.config.loading import apply_overrides, load_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
@@ -55,7 +56,8 @@ def plan_resources(
         return recipe
 
     def find_peaks(recipe: Recipe) -> tuple[list[Allocation], list[PeakUsage]]:
-        allocations = estimate_footprint(recipe, model_shape(recipe.model), hardware, autonpo=autonpo)
+        largest = find_largest_window(recipe) if autonpo else recipe
+        allocations = estimate_footprint(largest, model_shape(recipe.model), hardware, autonpo=autonpo)
         return allocations, list(compare_to_limits(allocations, hardware))
 
     recipe = load()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REWARD, ENTROPY, ROLLBACK, WARNING, TRIGGER, INK = (COLOURS[place] for place in (0, 2, 3, 5, 1, 6))
+REWARD, ENTROPY, ROLLBACK, RUNG, WARNING, TRIGGER, INK = (COLOURS[place] for place in (0, 2, 3, 4, 5, 1, 6))
 COOLDOWN_COLOUR = "#e9e9e9"
 FAILED_EVENT_LABELS = {
     "probe_rejected": "rejected",
@@ -23,8 +23,10 @@ FAILED_EVENT_LABELS = {
     "guide_empty": "no guide",
     "replay_rejected": "replay rejected",
     "limit_reached": "limit",
+    "rung_refused": "refused",
 }
-"""Transitions that end an intervention without a lasting replay, and their labels in the band."""
+"""Transitions that end an intervention without a lasting replay, and their labels in the band. `is_failed_end` says
+which of them do: with a ladder another rung may follow."""
 LETTER_WIDTH = 0.0054
 """Width of one character of a band's font, as a fraction of the axis."""
 ARROW_HEIGHTS = (0.58, 0.42)
@@ -107,6 +109,19 @@ def iter_cooldowns(transitions: Iterable[Transition]) -> Iterator[StepRange]:
             yield StepRange(first=transition.step, last=max(transition.state.until_step, transition.step))
 
 
+def is_failed_end(transition: Transition) -> bool:
+    """Whether the intervention ended here without a lasting replay or window."""
+    return transition.event in FAILED_EVENT_LABELS and (transition.is_rejection or transition.event == "limit_reached")
+
+
+def iter_windows(transitions: Iterable[Transition]) -> Iterator[tuple[str, StepRange]]:
+    """The window of every rung that was applied, with its name."""
+    for transition in transitions:
+        if transition.event == "rung_applied":
+            evidence = transition.evidence
+            yield evidence["rung"], StepRange(first=evidence["to_step"], last=evidence["until_step"])
+
+
 def iter_rollbacks(transitions: Iterable[Transition]) -> Iterator[tuple[int, StepRange]]:
     """Of every rollback, the step before it and its target: one step, or all possible ones if it was assumed."""
     for transition in transitions:
@@ -116,9 +131,12 @@ def iter_rollbacks(transitions: Iterable[Transition]) -> Iterator[tuple[int, Ste
 
 
 def _draw_band(panel: "Axes", transitions: Sequence[Transition], *, name: str, axis: StepRange) -> None:
-    """Cooldowns as areas, rollbacks as arrows, warnings and triggers as markers, and labels where they fit."""
+    """Cooldowns and windows as areas, rollbacks as arrows, warnings and triggers as markers, and labels where they
+    fit."""
     for span in iter_cooldowns(transitions):
         panel.axvspan(span.first, span.last, color=COOLDOWN_COLOUR, lw=0, zorder=0)
+    for _, span in iter_windows(transitions):
+        panel.axvspan(span.first, span.last, color=RUNG, alpha=0.35, lw=0, zorder=1)
     for number, (step, back) in enumerate(iter_rollbacks(transitions)):
         # A rollback may reach behind the one before it: the heights alternate.
         height = ARROW_HEIGHTS[number % len(ARROW_HEIGHTS)]
@@ -131,9 +149,14 @@ def _draw_band(panel: "Axes", transitions: Sequence[Transition], *, name: str, a
     for events, marker, colour, size in (
         (("warning",), "v", WARNING, 7),
         (("trigger", "early_bootstrap"), "D", TRIGGER, 8),
+        (("rung_applied",), "^", RUNG, 8),
         (tuple(FAILED_EVENT_LABELS), "x", INK, 7),
     ):
-        steps = [transition.step for transition in transitions if transition.event in events]
+        steps = [
+            transition.step
+            for transition in transitions
+            if transition.event in events and (marker != "x" or is_failed_end(transition))
+        ]
         panel.plot(steps, [0.5] * len(steps), marker=marker, color=colour, ms=size, mew=1.8, lw=0, zorder=4)
     for at, height, text, side in place_labels(iter_step_labels(transitions), axis=axis):
         panel.text(at, height, text, ha=side, va="center", fontsize=9, zorder=5)
@@ -149,14 +172,16 @@ def iter_step_labels(transitions: Sequence[Transition]) -> Iterator[tuple[float,
     labelled = {
         transition.step
         for transition in transitions
-        if transition.event == "rolled_back" or transition.event in FAILED_EVENT_LABELS
+        if transition.event in ("rolled_back", "rung_applied") or is_failed_end(transition)
     }
     for transition in transitions:
         if transition.event == "rolled_back":
             (step, back) = next(iter_rollbacks([transition]))
             target = f"{back.first:.0f}-{back.last:.0f}" if back.first < back.last else f"{back.first:.0f}"
             yield step, f"{step} back to {target}", 0
-        elif transition.event in FAILED_EVENT_LABELS:
+        elif transition.event == "rung_applied":
+            yield transition.step, f"{transition.step} {transition.evidence['rung']}", 0
+        elif is_failed_end(transition):
             yield transition.step, f"{transition.step} {FAILED_EVENT_LABELS[transition.event]}", 1
         elif transition.event == "warning" and transition.step not in labelled:
             yield transition.step, f"{transition.step}", 2
@@ -194,8 +219,9 @@ def _legend(figure: "Figure", transitions: Sequence[Transition]) -> None:
     entries = [
         ("warning", bool(events & {"warning"}), marker_handle("v", WARNING)),
         ("trigger", bool(events & {"trigger", "early_bootstrap"}), marker_handle("D", TRIGGER)),
+        ("window of a rung", "rung_applied" in events, marker_handle("^", RUNG)),
         ("rollback", "rolled_back" in events, Line2D([], [], color=ROLLBACK, lw=2)),
-        ("no lasting replay", bool(events & set(FAILED_EVENT_LABELS)), marker_handle("x", INK)),
+        ("no lasting replay", any(map(is_failed_end, transitions)), marker_handle("x", INK)),
         ("cooldown", any(iter_cooldowns(transitions)), Patch(color=COOLDOWN_COLOUR)),
     ]
     shown = [(handle, name) for name, occurs, handle in entries if occurs]

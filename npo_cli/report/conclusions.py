@@ -26,7 +26,7 @@ from npo_cli.storage.lineage import (
 )
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.scouts import has_ended
-from npo_cli.types.autonpo import REJECTIONS, Transition
+from npo_cli.types.autonpo import Transition
 from npo_cli.types.calibration import CandidateGain, RuleResult
 from npo_cli.types.comparison import MethodDifference, MethodSummary, MethodTimeToThreshold
 from npo_cli.types.costs import CostToThreshold, RunCosts
@@ -127,9 +127,11 @@ def format_accuracy(one: EvalReport) -> str:
 
 
 def describe_moves(moves: Sequence[Transition]) -> str:
-    """`2 rollbacks, 1 rejected`."""
-    rollbacks, rejected = (sum(one.event in events for one in moves) for events in (("rolled_back",), REJECTIONS))
-    return f"{rollbacks} rollback{'s' * (rollbacks != 1)}, {rejected} rejected"
+    """`2 rollbacks, 1 rejected`; with a ladder also its windows."""
+    rollbacks, windows = (sum(one.event == event for one in moves) for event in ("rolled_back", "rung_applied"))
+    rejected = sum(one.is_rejection for one in moves)
+    rungs = f"{windows} window{'s' * (windows != 1)} of a rung, " if windows else ""
+    return f"{rungs}{rollbacks} rollback{'s' * (rollbacks != 1)}, {rejected} rejected"
 
 
 def suggest_next(run: RunDir, branch: str) -> str:

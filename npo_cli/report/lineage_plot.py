@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from npo_cli.report.plotting import MUTED, Plot, get_line_style
-from npo_cli.types.autonpo import REJECTIONS, Transition
+from npo_cli.types.autonpo import Transition
 from npo_cli.types.views import BranchSpan
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ LINEAGE_PLOT_WIDTH = 13.0
 EVENT_MARKERS = (
     (("warning",), "v", "warning"),
     (("probe_accepted", "early_bootstrap"), "D", "trigger, accepted"),
-    (REJECTIONS, "x", "trigger, no lasting replay"),
+    (("rung_chosen",), "^", "trigger, rung chosen"),
 )
 
 
@@ -45,12 +45,17 @@ def _draw_tree(panel: "Axes", *, limbs: Sequence[BranchSpan], moves: Sequence[Tr
         _draw_limb(panel, limb, lane)
         if limb.parent in lanes:
             _draw_fork(panel, limb, start=lanes[limb.parent], lane=lane)
-    for events, marker, label in EVENT_MARKERS:
+    rejected = ([move for move in moves if move.is_rejection], "x", "trigger, no lasting replay")
+    found = [([move for move in moves if move.event in events], *style) for events, *style in EVENT_MARKERS]
+    for marked, marker, label in (*found, rejected):
         # The branch after a rollback is not the one on which it was decided: these moves are made before it.
-        places = [(move.step, lanes[move.state.branch]) for move in moves if move.event in events]
+        places = [(move.step, lanes[move.state.branch]) for move in marked]
         if places:
             style = {"color": MUTED, "ms": 6, "mew": 1.5, "lw": 0, "zorder": 6}
             panel.plot(*zip(*places, strict=True), marker=marker, label=label, **style)
+    for move in moves:
+        if move.event == "rung_applied" and move.state.branch in lanes:
+            _draw_window(panel, move, lanes[move.state.branch])
     panel.set_ylim(len(limbs) - 0.4, -0.75)
     panel.set_yticks(range(len(limbs)), [limb.branch for limb in limbs])
     panel.tick_params(axis="y", length=0, labelcolor="black")
@@ -61,7 +66,7 @@ def _draw_tree(panel: "Axes", *, limbs: Sequence[BranchSpan], moves: Sequence[Tr
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("logical step")
     if panel.get_legend_handles_labels()[0]:
-        panel.figure.legend(loc="outside lower center", ncols=len(EVENT_MARKERS), frameon=False, fontsize=9)
+        panel.figure.legend(loc="outside lower center", ncols=len(EVENT_MARKERS) + 1, frameon=False, fontsize=9)
 
 
 def _draw_limb(panel: "Axes", limb: BranchSpan, lane: int) -> None:
@@ -74,6 +79,15 @@ def _draw_limb(panel: "Axes", limb: BranchSpan, lane: int) -> None:
         panel.plot([limb.fork_step, until], [lane, lane], color=colour, lw=13, alpha=0.22, solid_capstyle="butt")
     panel.annotate(
         str(limb.last_step), (limb.last_step, lane), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
+    )
+
+
+def _draw_window(panel: "Axes", move: Transition, lane: int) -> None:
+    """The window of a rung, with its name."""
+    first, last, colour = move.evidence["to_step"], move.evidence["until_step"], get_line_style(lane).colour
+    panel.plot([first, last], [lane, lane], color=colour, lw=13, alpha=0.22, solid_capstyle="butt")
+    panel.annotate(
+        move.evidence["rung"], (first, lane), xytext=(4, 9), textcoords="offset points", fontsize=9, color=colour
     )
 
 

@@ -25,7 +25,7 @@ from npo_cli.report.score_plots import make_probe_plots, make_score_plots
 from npo_cli.report.show import show_costs, show_metrics
 from npo_cli.report.table import Table, format_count, format_interval, format_number
 from npo_cli.report.tables import evals_tables, guides_tables, lineage_tables, scores_tables
-from npo_cli.report.tables_autonpo import probe_tables, transitions_tables
+from npo_cli.report.tables_autonpo import probe_tables, rung_tables, transitions_tables
 from npo_cli.report.tables_compare import hysteresis_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables, costs_tables
 from npo_cli.report.tables_scores import describe_choice
@@ -263,7 +263,7 @@ def _decisions(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
     moves = read_transitions(run)
     if not moves:
         return
-    yield Subsection(title="AutoNPO", tables=transitions_tables(moves)[:1])
+    yield Subsection(title="AutoNPO", tables=(*transitions_tables(moves)[:1], *rung_tables(moves)))
     for number, move in enumerate(move for move in moves if move.evidence.get("scores")):
         found, name = move.evidence, f"{prefix}probe-{move.step}-{move.event}-"
         yield Subsection(

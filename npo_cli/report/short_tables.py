@@ -22,7 +22,7 @@ from npo_cli.report.table import (
     text_column,
 )
 from npo_cli.report.tables import TABLES, metric_column, summarize_branches
-from npo_cli.report.tables_autonpo import REASON_MEANINGS, describe_evidence
+from npo_cli.report.tables_autonpo import REASON_MEANINGS, describe_evidence, rung_tables
 from npo_cli.report.tables_compare import SEEDS, describe_final, format_cost
 from npo_cli.report.tables_costs import compare_costs
 from npo_cli.report.tables_memory import short_allocations_tables
@@ -348,14 +348,15 @@ def short_transitions_tables(transitions: Sequence[Transition]) -> tuple[Table, 
         *(("assumed: every trigger counts as accepted, as metrics cannot be probed.",) * is_simulated),
         *(("--full shows Q, V and S of each probe.",) * has_probes),
     )
-    return (drop_empty_columns(Table(title=title, header=("step", "event", "based on"), rows=rows, notes=notes)),)
+    table = drop_empty_columns(Table(title=title, header=("step", "event", "based on"), rows=rows, notes=notes))
+    return (table, *rung_tables(transitions))
 
 
 def _shorten_evidence(one: Transition) -> str:
     if one.event == "started":
         return f"on {one.state.branch}"
     text = describe_evidence(one)
-    if one.event == "rolled_back" and not one.evidence.get("assumed"):
+    if one.event in ("rolled_back", "rung_applied") and not one.evidence.get("assumed"):
         text = f"{text}, on {one.state.branch}"
     return shorten(text, REASON_CHARS, placeholder=" ...")
 

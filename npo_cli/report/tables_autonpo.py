@@ -37,7 +37,7 @@ def describe_reason(transition: Transition) -> str:
     """What the transition rests on; empty if its name says it all."""
     evidence = transition.evidence
     if evidence.get("assumed"):
-        return "assumed"
+        return " ".join(filter(None, ("assumed:" if "rung" in evidence else "assumed", evidence.get("rung"))))
     match transition.event:
         case "warning" | "trigger" | "recovered" | "limit_reached":
             return _describe_signals(evidence)
@@ -55,7 +55,7 @@ def describe_reason(transition: Transition) -> str:
         case "prerequisite_missing":
             return str(evidence.get("reason", ""))
         case _:
-            return ""
+            return _describe_rung(transition)
 
 
 def _describe_signals(evidence: Evidence) -> str:
@@ -64,6 +64,40 @@ def _describe_signals(evidence: Evidence) -> str:
         return ""
     fell = f"entropy fell {drop:.1%}" if drop >= 0 else f"entropy rose {-drop:.1%}"
     return f"reward gained {gain:+.4f} (noise {margin:.4f}), {fell}"
+
+
+def _describe_rung(transition: Transition) -> str:
+    """What a transition of the ladder rests on; empty for any other."""
+    evidence = transition.evidence
+    match transition.event:
+        case "rung_refused" | "rung_chosen" | "window_done":
+            return ": ".join(filter(None, (evidence.get("rung"), _describe_forecast(evidence))))
+        case "rung_applied":
+            to_step, until = evidence["to_step"], evidence["until_step"]
+            back = f", back to step {to_step}" if to_step < transition.step else ""
+            return f"{evidence['rung']}{back}, window until {until}"
+        case "rung_measured":
+            return _describe_effect(evidence)
+        case _:
+            return ""
+
+
+def _describe_forecast(evidence: Evidence) -> str:
+    """Why a rung is refused, or what it is expected to be worth; empty without a forecast."""
+    if evidence.get("reason"):
+        return str(evidence["reason"])
+    if evidence.get("value") is None:
+        return ""
+    basis = "untried" if evidence["basis"] == "untried" else f"{evidence['num_measured']} measured"
+    return f"value {evidence['value']:.2f}, {basis}"
+
+
+def _describe_effect(evidence: Evidence) -> str:
+    return (
+        f"{evidence['rung']}: accuracy {evidence['accuracy']:.3f}, expected {evidence['accuracy_expected']:.3f} "
+        f"[{evidence['effect_low']:+.3f}, {evidence['effect_high']:+.3f}] at a cost of {evidence['cost']:.1f} steps: "
+        f"value {evidence['value']:.2f}"
+    )
 
 
 def _describe_probe(evidence: Evidence) -> str:
@@ -113,7 +147,36 @@ def transitions_tables(transitions: Sequence[Transition]) -> tuple[Table, ...]:
     probes = [
         (f"step {one.step} of {one.state.branch}", one.evidence) for one in transitions if one.evidence.get("scores")
     ]
-    return (table, *(part for title, evidence in probes for part in probe_tables(evidence, where=title)))
+    probe_parts = (part for title, evidence in probes for part in probe_tables(evidence, where=title))
+    return (table, *rung_tables(transitions), *probe_parts)
+
+
+def rung_tables(transitions: Sequence[Transition]) -> tuple[Table, ...]:
+    """Every rung that was applied, what it was expected to be worth and what it was worth; nothing without one."""
+    rows: list[tuple[str, ...]] = []
+    forecast, applied = "-", None
+    for one in transitions:
+        if one.event == "rung_chosen":
+            forecast = _format_interval(one.evidence, "value")
+        elif one.event == "probe_accepted":
+            forecast = format_number(one.evidence.get("value_split"), digits=2)
+        elif one.event in ("rung_applied", "rolled_back") and one.state.rung is not None:
+            window = f"{one.evidence['to_step'] + 1}-{one.evidence['until_step']}" if "to_step" in one.evidence else "-"
+            applied = (str(one.step), one.state.rung, one.state.branch, window, forecast)
+            rows.append((*applied, "-", "-", "-", "-"))
+        elif one.event == "rung_measured" and applied is not None:
+            names = ("effect", "mixed_gain", "value")
+            effect, mixed, value = (_format_interval(one.evidence, name) for name in names)
+            rows[-1] = (*applied, effect, mixed, format_number(one.evidence["cost"], digits=1), value)
+    if not rows:
+        return ()
+    header = ("step", "rung", "branch", "window", "forecast", "effect", "mixed groups", "cost", "value")
+    notes = (
+        "effect: on-policy accuracy after the window, minus the trend before the trigger at equal cost; mixed groups: "
+        "their share in the window, minus its trend.",
+        "cost: in steps of the time before; value: 1 + steps saved / cost, above 1 where it paid; intervals are 95 %.",
+    )
+    return (drop_empty_columns(Table(title="Rungs of the ladder", header=header, rows=tuple(rows), notes=notes)),)
 
 
 def describe_evidence(transition: Transition) -> str:
@@ -128,6 +191,8 @@ def describe_evidence(transition: Transition) -> str:
             text = f"assumed: to {_join_alternatives(evidence.get('to_steps', ()))}"
         case "rolled_back":
             text = f"{describe_reason(transition)}, replay until {until}"
+        case "rung_measured":
+            text = describe_reason(transition)
         case "armed":
             text = f"end of the {'cooldown' if transition.phase_before == 'COOLDOWN' else 'warm-up'}"
         case _ if transition.state.phase == "COOLDOWN":
@@ -276,6 +341,7 @@ def no_trigger_tables(spans: Sequence[NonTriggerSpan]) -> tuple[Table, ...]:
 REASON_MEANINGS: Mapping[str, str] = {
     "warmup": "before autonpo.trigger.warmup_steps",
     "replay": "in a replay",
+    "window": "in the window of a rung",
     "cooldown": "in a cooldown",
     "no_signal": "reward or entropy missing",
     "short_history": "fewer than autonpo.trigger.window yet",

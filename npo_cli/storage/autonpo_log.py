@@ -38,10 +38,15 @@ def append_transitions(run: RunDir, transitions: Sequence[Transition]) -> None:
         log.seal()
 
 
+LADDER_FIELDS = ("rung", "refusals", "waits")
+"""Fields of the state that are left out where they are empty."""
+
+
 def _row(transition: Transition) -> dict[str, Any]:
-    """Step, event, phases and branch first; the whole state and the evidence last."""
+    """Step, event, phases and branch first; the state and the evidence last."""
     row = to_row(transition)
     state, evidence = row.pop("state"), row.pop("evidence")
+    state = {name: value for name, value in state.items() if value or name not in LADDER_FIELDS}
     return {**row, "phase": state["phase"], "branch": state["branch"], "state": state, "evidence": evidence}
 
 

@@ -26,7 +26,6 @@ from npo_cli.storage.lineage import (
     list_recorded_branches,
 )
 from npo_cli.storage.metrics import read_metrics
-from npo_cli.types.autonpo import REJECTIONS
 from npo_cli.types.costs import ActivityCost, BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
 from npo_cli.types.rollouts import Segment
 
@@ -404,8 +403,10 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
         unused_guides=tuple(unused),
         unused_guide_tokens=sum(cost.tokens for cost in unused.values()),
         teacher_tokens=sum(cost.teacher_tokens for cost in counted),
-        num_interventions=sum(move.event == "rolled_back" and not move.evidence.get("is_early") for move in moves),
-        num_rejections=sum(move.event in REJECTIONS for move in moves),
+        num_interventions=sum(
+            move.event in ("rolled_back", "rung_applied") and not move.evidence.get("is_early") for move in moves
+        ),
+        num_rejections=sum(move.is_rejection for move in moves),
     )
 
 

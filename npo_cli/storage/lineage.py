@@ -6,6 +6,7 @@ name is not used again. This module knows nothing of checkpoints, which may be d
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from npo_cli.errors import NpoError, quote_path
@@ -56,7 +57,7 @@ def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = 
 @cached_by_file(lambda run: run.segments_path)
 def read_segments(run: RunDir) -> tuple[Segment, ...]:
     """Every segment, oldest first."""
-    found = tuple(JsonlLog(run.segments_path).read_records(Segment))
+    found = tuple(map(_with_tuples, JsonlLog(run.segments_path).read_records(Segment)))
     for number, segment in enumerate(found, start=1):
         check_range(segment, ("fork_step", "guide_until"), f"{run.segments_path}, line {number}")
         if not all(NAME_PATTERN.fullmatch(name) for name in (segment.branch, segment.parent or segment.branch)):
@@ -66,6 +67,12 @@ def read_segments(run: RunDir) -> tuple[Segment, ...]:
     if not found and any(run.branches_folder.glob("*/checkpoints/step_*")):
         raise damaged_log_error(run.segments_path, "it has no line, but checkpoints were saved")
     return found
+
+
+def _with_tuples(segment: Segment) -> Segment:
+    """The segment as it was written: a file has lists."""
+    teacher = None if segment.teacher is None else tuple(segment.teacher)
+    return replace(segment, teacher=teacher, removed=tuple(segment.removed))
 
 
 def list_branches(run: RunDir) -> list[str]:

@@ -96,7 +96,7 @@ def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
     for segment in read_segments(run):
         if segment.parent is not None and segment.branch in live:
             needed.add((segment.parent, segment.fork_step))
-            needed |= {tuple(segment.teacher)} if segment.teacher else set()
+            needed |= {segment.teacher} if segment.teacher else set()
             needed |= set(segment.merged_checkpoints)
     own_guides = [info for info in list_guide_caches(run) if info.run_id == run.run_id]
     for info in own_guides:

@@ -3,11 +3,13 @@
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from npo_cli.config.loading import override_saved_recipe
+from npo_cli.config.loading import override_saved_recipe, replace_values
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.sources.extrapolated import find_older_checkpoint
@@ -181,16 +183,18 @@ def fork(
     new_branch: str | None,
     steps: int | None,
     merge: str | None = None,
+    undo: Mapping[str, Any] = MappingProxyType({}),
 ) -> ResumePoint:
     """A new branch at step `at`; the guide is used for the steps it was sampled for, or for `steps`. `merge`: SPEC of
-    its merged start."""
+    its merged start. `undo`: settings of the parent, by dotted key, that the branch does not inherit."""
     info = None if guide is None else load_guide(run, guide)[0]
     if info is None and steps is not None:
         raise NpoError("--steps needs --guide NAME", "add --guide NAME")
     parent = parent or (info.branch if info else find_main_branch(run))
     refuse_scout(run, parent, "no branch is forked from")
     checkpoint = find_checkpoint(run, parent, at)
-    recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), purpose="fork")
+    saved = replace_values(run.read_recipe(parent), undo)
+    recipe = override_saved_recipe(saved, overrides, path=run.recipe_path(parent), purpose="fork")
     if info:
         check_guide(run, info, parent=parent, at=at)
     if recipe.guide.source == "extrapolated":

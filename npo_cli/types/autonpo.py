@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Phase = Literal["TRAIN", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "ACCEPTANCE_TEST", "COOLDOWN"]
+Phase = Literal[
+    "TRAIN",
+    "FORECAST",
+    "PROBE",
+    "APPLY",
+    "WINDOW",
+    "GUIDE_GEN",
+    "ROLLBACK",
+    "REPLAY",
+    "ACCEPTANCE_TEST",
+    "COOLDOWN",
+]
 TransitionName = Literal[
     "started",
     "armed",
@@ -22,6 +33,11 @@ TransitionName = Literal[
     "replay_done",
     "replay_accepted",
     "replay_rejected",
+    "rung_refused",
+    "rung_chosen",
+    "rung_applied",
+    "window_done",
+    "rung_measured",
 ]
 ProbeStop = Literal["unsampled", "futility", "success", "complete"]
 REJECTIONS: tuple[TransitionName, ...] = ("prerequisite_missing", "probe_rejected", "guide_empty", "replay_rejected")
@@ -142,6 +158,62 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RungForecast:
+    """What a rung without a probe is expected to be worth, per step that it costs."""
+
+    rung: str
+    basis: Literal["measured", "untried", "unavailable"]
+    """Its effects in this run, its first use, or nothing: the rung is not available here."""
+    value: float | None
+    """1 + steps saved / cost; None if it is not available."""
+    value_low: float | None = None
+    value_high: float | None = None
+    """95 % interval, of a measured one."""
+    num_measured: int = 0
+    """Effects that it rests on."""
+    reason: str = ""
+    """Why it is not taken; empty if it is."""
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the rung pays, or breaks even."""
+        return not self.reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungEffect:
+    """What a rung was worth: the on-policy accuracy after its window, against the trend before it, at equal cost."""
+
+    rung: str
+    num_before: int
+    """Steps that the trend is fitted to."""
+    num_after: int
+    """Steps after the window."""
+    accuracy: float
+    """Mean after the window."""
+    accuracy_expected: float
+    """The trend, extrapolated to the same cost."""
+    effect: float
+    """accuracy - accuracy_expected, with its 95 % interval."""
+    effect_low: float
+    effect_high: float
+    mixed_gain: float
+    """Share of groups with correct and wrong rollouts in the window, minus the trend, with its 95 % interval."""
+    mixed_gain_low: float
+    mixed_gain_high: float
+    cost: float
+    """Tokens of the window, of its guides and its probe, in steps of the time before."""
+    rate: float
+    """Accuracy gained per step on the line up to the trigger."""
+    steps_saved: float
+    """effect / rate: steps beyond those that it cost."""
+    value: float
+    """1 + steps_saved / cost, with its 95 % interval."""
+    value_low: float
+    value_high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AutoNPOState:
     """State of the controller. With the metrics recorded after `step` it determines everything that follows."""
 
@@ -164,6 +236,12 @@ class AutoNPOState:
     """Whether the early bootstrap was tried."""
     is_early: bool = False
     """Whether the current intervention is the early bootstrap."""
+    rung: str | None = None
+    """Rung of the ladder that is considered, in effect or to be measured; None without a ladder."""
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    """By rung: how often in a row it was refused or found not to pay."""
+    waits: Mapping[str, int] = field(default_factory=dict)
+    """By rung: the last step at which it is not considered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +254,11 @@ class Transition:
     state: AutoNPOState
     """After the transition."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_rejection(self) -> bool:
+        """Whether it ends an intervention without a lasting replay or window; not where another rung follows."""
+        return self.event in (*REJECTIONS, "rung_refused") and self.state.phase == "COOLDOWN"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -119,6 +119,9 @@ def test_setting_may_belong_to_a_task_of_a_plug_in():
         assert load_recipe("micro", ["task.source=plug_in", "task.path=x", "task.kind=any"]).task.path == "x"
 
 
+LISTS = ("tracking.report_to", "autonpo.ladder")
+
+
 def test_conditions_name_settings_and_values_that_exist():
     fields = {key: marks for key, _, marks in walk_fields(Recipe())}
     conditions = [marks["applies_when"] for marks in fields.values() if "applies_when" in marks]
@@ -129,7 +132,7 @@ def test_conditions_name_settings_and_values_that_exist():
             for value in () if needed == IS_SET else needed:
                 section, _, name = key.rpartition(".")
                 beside = {"teacher": "self"} if key == "target.kind" else {}
-                nested = {name: [value] if key == "tracking.report_to" else value} | beside
+                nested = {name: [value] if key in LISTS else value} | beside
                 for part in reversed(section.split(".")):
                     nested = {part: nested}
                 recipe_from_dict({"train": {"save_every": 5}} | nested)

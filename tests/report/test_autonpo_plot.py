@@ -34,6 +34,18 @@ def test_autonpo_plot_has_a_band_for_each_sequence(tmp_path):
     assert "<!-- no lasting replay -->" not in drawn
 
 
+def test_autonpo_plot_marks_the_window_of_a_rung(tmp_path):
+    window = {"rung": "mistakes", "to_step": 120, "until_step": 140}
+    refused = make_transition(120, "rung_refused", "FORECAST", before="FORECAST", rung="guide", reason="no")
+    moves = [refused, make_transition(120, "rung_applied", "WINDOW", before="APPLY", **window)]
+    plot_autonpo(make_readings(300), [("recorded", moves)], tmp_path / "one.svg", title="a run")
+    drawn = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert "<!-- window of a rung -->" in drawn
+    assert "<!-- 120 mistakes -->" in drawn
+    # another rung followed
+    assert "refused" not in drawn
+
+
 def test_autonpo_plot_of_one_step_without_transitions(tmp_path):
     plot_autonpo(make_readings(1), [("simulated", [])], tmp_path / "a.png", title="")
     plot_autonpo(make_readings(3)[2:], [("simulated", [])], tmp_path / "b.png", title="no signal at all")
@@ -57,7 +69,7 @@ def test_autonpo_plot_labels_each_step_once():
             make_transition(31, "warning"),
             make_transition(40, "warning"),
             make_transition(40, "trigger"),
-            make_transition(40, "probe_rejected"),
+            make_transition(40, "probe_rejected", "COOLDOWN"),
         ),
         *(make_transition(90, "warning"), make_transition(90, "limit_reached")),
     ]

@@ -139,7 +139,9 @@ def test_only_what_was_measured_is_drawn():
 def test_plot_branch_tree_shows_kept_and_abandoned_steps():
     panel = drawn(
         make_lineage_plot(
-            [MAIN, LATE], [*intervention_transitions(60, to=20), make_transition(70, "probe_rejected")], prefix=""
+            [MAIN, LATE],
+            [*intervention_transitions(60, to=20), make_transition(70, "probe_rejected", "COOLDOWN")],
+            prefix="",
         )
     )
     lines = [(line.get_linestyle(), line.get_xdata().tolist()) for line in panel.lines]

@@ -1,0 +1,233 @@
+"""The rungs of AutoNPO's ladder: what each switches on for a window of steps, and when it is available.
+
+A rung is an object of the registry `npo_cli.registry.RUNGS`; `autonpo.ladder` names those in use, cheapest first. All
+but the published rollback are the same thing, a fork with other settings in a window: at the newest step, so that no
+step is lost, or (`dense`) at that of a short rollback. Their forecast and measurement are in `rung_effect.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from npo_cli.autonpo.signals import read_trigger_inputs
+from npo_cli.autonpo.trigger import Trigger
+from npo_cli.config.autonpo import RungSettings
+from npo_cli.config.loading import apply_overrides, recipe_from_dict, recipe_to_dict, replace_values
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError
+from npo_cli.guides.source import ReplayTarget, create_source, parse_spec
+from npo_cli.guides.teacher import make_teacher_absolute, settle_teacher
+from npo_cli.registry import RUNGS
+from npo_cli.session.learner import Learner
+from npo_cli.storage.autonpo_log import read_transitions
+from npo_cli.storage.checkpoints import find_checkpoint, list_ancestry_checkpoints
+from npo_cli.storage.layout import RunDir
+from npo_cli.types.autonpo import Transition
+
+ANY_TEACHER = "base"
+"""Stands for the teacher where only the settings are checked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungPlace:
+    """Where a rung would be applied."""
+
+    run: RunDir
+    recipe: Recipe
+    """With no rung in effect."""
+    branch: str
+    step: int
+    """The newest of the branch, which has a checkpoint."""
+    distance: int = 0
+    """Steps that the window begins before it."""
+
+    @property
+    def fork_step(self) -> int:
+        """The window begins after this step."""
+        return self.step - self.distance
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the window."""
+        wanted = self.recipe.autonpo.rungs.num_steps
+        return min(wanted, self.distance) if self.distance else wanted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """One name of `autonpo.ladder`."""
+
+    name: str
+    off: tuple[str, Any] | None = None
+    """Setting that it switches on, and the value that leaves it off."""
+    settings: Callable[[RungSettings, int, str], tuple[str, ...]] = lambda rungs, num_steps, teacher: ()
+    """KEY=VALUE of a window of so many steps, given the teacher's SPEC."""
+    choose_teacher: Callable[[RungPlace], str] | None = None
+    """SPEC of the teacher of its dense target; raises NpoError where there is none. None: it has no dense target."""
+    samples_guide: bool = False
+    """Whether autonpo.rungs.guide is sampled in the window, into a lazy guide cache."""
+    needs_probe: bool = False
+    """Whether a probe of failed prompts decides about it, and how far it rolls back."""
+    has_window: bool = True
+    """False: the published rollback, a replay with a guide cache that is sampled before."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe in which it could never be applied, or whose own setting it would switch off."""
+        rungs = recipe.autonpo.rungs
+        if self.off is not None:
+            section, _, name = self.off[0].partition(".")
+            value = getattr(getattr(recipe, section), name)
+            if value != self.off[1]:
+                raise NpoError(
+                    f"autonpo.ladder has {self.name}, which switches {self.off[0]} on for a window, but it is {value} "
+                    "already",
+                    f"{self.off[0]}={self.off[1]}, or a ladder without {self.name}",
+                )
+        if self.samples_guide:
+            parse_spec(rungs.guide)
+            if recipe.train.staleness:
+                raise NpoError(
+                    "a guide that is sampled while training is not available with train.staleness above 0",
+                    f"train.staleness=0, or a ladder without {self.name}",
+                )
+        try:
+            self.make_window_recipe(recipe)
+        except NpoError as error:
+            raise NpoError(
+                f"autonpo.ladder has {self.name}: {error.message}", f"a ladder without {self.name}"
+            ) from error
+
+    def make_window_recipe(self, recipe: Recipe) -> Recipe:
+        """The recipe of a window, with any teacher."""
+        rungs = recipe.autonpo.rungs
+        return apply_overrides(recipe, self.settings(rungs, rungs.num_steps, ANY_TEACHER))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RungPlan:
+    """A rung at one place."""
+
+    settings: tuple[str, ...]
+    recipe: Recipe
+    """Of the new branch: that of the place with the settings."""
+    teacher: tuple[str, int] | None
+    """Branch and step of the checkpoint that the teacher needs; None if it needs none."""
+    guide: str | None
+    """SPEC of the guide source."""
+
+
+def plan_rung(name: str, place: RungPlace) -> RungPlan:
+    """What a rung does at a place; an NpoError says why it is not available there."""
+    rung: Rung = RUNGS.get(name)
+    if place.fork_step >= place.recipe.train.num_steps:
+        raise NpoError(f"step {place.fork_step} is the last one", "more train.num_steps")
+    rungs, teacher = place.recipe.autonpo.rungs, ""
+    if rung.choose_teacher is not None:
+        teacher = make_teacher_absolute(rung.choose_teacher(place))
+    recipe = apply_overrides(place.recipe, rung.settings(rungs, place.num_steps, teacher))
+    recipe, checkpoint = settle_teacher(place.run, recipe, parent=place.branch, fork_step=place.fork_step)
+    settings = rung.settings(rungs, place.num_steps, recipe.target.teacher or "")
+    if rung.samples_guide:
+        start = find_checkpoint(place.run, place.branch, place.fork_step)
+        learner = Learner(recipe=recipe, branch=place.branch, checkpoint=start)
+        target = ReplayTarget(run=place.run, learner=learner, steps=place.num_steps)
+        create_source(parse_spec(rungs.guide), target)
+    source = rungs.guide if rung.samples_guide else None
+    return RungPlan(settings=settings, recipe=recipe, teacher=checkpoint, guide=source)
+
+
+def find_largest_window(recipe: Recipe) -> Recipe:
+    """The recipe of the window that takes the most memory, that of the last rung with a teacher; the recipe itself
+    where no rung has one."""
+    rungs: list[Rung] = [RUNGS.get(name) for name in recipe.autonpo.ladder]
+    last = next((rung for rung in reversed(rungs) if rung.choose_teacher is not None), None)
+    return recipe if last is None else last.make_window_recipe(recipe)
+
+
+def draw_mistakes(rungs: RungSettings, num_steps: int, teacher: str) -> tuple[str, ...]:
+    """Mistakes first."""
+    return f"order.mistakes={rungs.mistakes:g}", f"order.num_steps={num_steps}"
+
+
+def weigh_tokens(rungs: RungSettings, num_steps: int, teacher: str) -> tuple[str, ...]:
+    """Token weights from the teacher."""
+    return "target.kind=token_weight", f"target.teacher={teacher}", f"target.num_steps={num_steps}"
+
+
+def distill(rungs: RungSettings, num_steps: int, teacher: str) -> tuple[str, ...]:
+    """On-policy distillation from the teacher, in small groups."""
+    return (
+        "target.kind=distribution",
+        f"target.teacher={teacher}",
+        f"target.num_steps={num_steps}",
+        f"target.group_size={rungs.group_size}",
+    )
+
+
+def choose_best_checkpoint(place: RungPlace) -> str:
+    """`autonpo.rungs.teacher`, or the earlier checkpoint of the line with the highest average reward.
+
+    Both averages are the trigger's, and the difference must be above the noise of its own comparison: a plateau has no
+    better checkpoint, a decline has.
+    """
+    given = place.recipe.autonpo.rungs.teacher
+    if given is not None:
+        return given
+    settings = place.recipe.autonpo.trigger
+    trigger, averages, margin = Trigger(settings), {}, 0.0
+    for signal in read_trigger_inputs(place.run, place.branch, place.step):
+        reading = trigger.observe(signal)
+        margin = reading.reward_margin or margin
+        if reading.reward_ema is not None:
+            averages[reading.step] = reading.reward_ema
+    every = place.recipe.train.save_every
+    saved = [one.step for one in list_ancestry_checkpoints(place.run, place.branch) if one.step % every == 0]
+    known = [step for step in saved if settings.window <= step < place.step and step in averages]
+    best = max(known, key=lambda step: averages[step], default=None)
+    if best is None or averages[best] - averages[place.step] <= margin:
+        raise NpoError(
+            "no earlier checkpoint was better than the present one by more than the noise",
+            "name a teacher: autonpo.rungs.teacher=SPEC",
+        )
+    return f"earlier:{best}"
+
+
+def choose_newest_checkpoint(place: RungPlace) -> str:
+    """The checkpoint that the window is rolled back from."""
+    return f"checkpoint:{place.step}"
+
+
+mistakes = Rung(name="mistakes", off=("order.mistakes", 0.0), settings=draw_mistakes)
+token_weight = Rung(
+    name="token_weight", off=("target.kind", "none"), settings=weigh_tokens, choose_teacher=choose_best_checkpoint
+)
+guide = Rung(name="guide", off=("guide.source", "cache"), samples_guide=True)
+dense = Rung(
+    name="dense",
+    off=("target.kind", "none"),
+    settings=distill,
+    choose_teacher=choose_newest_checkpoint,
+    needs_probe=True,
+)
+rollback = Rung(name="rollback", needs_probe=True, has_window=False)
+
+
+# A branch with a rung
+
+
+def find_rung(run: RunDir, branch: str) -> Transition | None:
+    """The transition that made a branch for a rung; None for any other branch."""
+    made = (one for one in read_transitions(run) if one.event == "rung_applied" and one.state.branch == branch)
+    return next(made, None)
+
+
+def find_undo(run: RunDir, branch: str) -> Mapping[str, Any]:
+    """Dotted keys of a branch's window with their values before it."""
+    applied = find_rung(run, branch)
+    return {} if applied is None else applied.evidence["undo"]
+
+
+def undo_rung(run: RunDir, recipe: Recipe, branch: str) -> Recipe:
+    """The recipe of a branch without the settings of its window."""
+    undo = find_undo(run, branch)
+    return recipe_from_dict(replace_values(recipe_to_dict(recipe), undo)) if undo else recipe
