@@ -16,12 +16,15 @@ from npo_cli.policy.packing import TokenRow
 from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.weight_sync import build_check_rows
 from npo_cli.storage.autonpo_log import read_transitions
-from npo_cli.storage.checkpoints import find_resume_checkpoint
+from npo_cli.storage.checkpoints import find_resume_checkpoint, list_checkpoints
 from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.evals import read_evals
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.metrics import read_metrics
+from npo_cli.training.scout import scout_run
 from npo_cli.training.train import train_run
+from npo_cli.types.guides import ScoutRequest
 from tests.distributed.test_two_processes import assert_same_metrics, metrics, responses
 from tests.helpers.cli_errors import npo
 from tests.helpers.images import load_vision_policy, mixed_prompts
@@ -70,6 +73,23 @@ def test_dense_targets_of_two_processes_equal_one(lora, tmp_path):
         )
         assert_same_metrics(double, single)
         assert all(row["target/rollouts"] > 0 for row in double)
+
+
+@pytest.mark.parametrize("lora", [(), ("scout.lora.rank=4",)], ids=["full", "adapters"])
+def test_scout_of_two_processes_equals_one_and_teaches(lora, tmp_path):
+    train(tmp_path / "single")
+    root = copy_run(tmp_path / "single", tmp_path / "double")
+    settings = ("scout.num_updates=2", *lora)
+    arguments = ("--at", "2", "--steps", "2", "--name", "s", *settings)
+    run("scout", str(root), *arguments, log=tmp_path / "log")
+    request = ScoutRequest(at=2, branch="main", steps=2, name="s", overrides=settings)
+    list(scout_run(tmp_path / "single", request))
+    assert_same_metrics(*(list(read_metrics(RunDir(one), "s")) for one in (root, tmp_path / "single")))
+    target = ("target.kind=distribution", "target.teacher=scout:s", "target.num_steps=2")
+    run("resume", str(root), "--at", "2", "--no-guide", "--new-branch", "taught", *target, log=tmp_path / "log")
+    resume(tmp_path / "single", *target, at=2, new_branch="taught")
+    assert_same_metrics(*(list(read_metrics(RunDir(one), "taught")) for one in (root, tmp_path / "single")))
+    assert list_checkpoints(RunDir(root), "s") == []
 
 
 def score_with_two_processes(*arguments: str, log: Path) -> list[list[float]]:
