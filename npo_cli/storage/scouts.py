@@ -101,10 +101,23 @@ def place_base(run: RunDir, recipe: Recipe, first: Segment) -> Recipe:
     """The recipe of a scout that is forked by `first`: of one that trains adapters in a run without any, the model is
     the frozen checkpoint at its fork."""
     assert first.parent is not None, "a scout is forked"
-    if recipe.model.lora.rank is None or run.read_recipe(first.parent)["model"]["lora"]["rank"] is not None:
+    if not _has_own_base(run, recipe, first.parent):
         return recipe
     folder = find_checkpoint(run, first.parent, first.fork_step).path.absolute()
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(folder)})})
+
+
+def forget_base(run: RunDir, recipe: Recipe, first: Segment) -> Recipe:
+    """The recipe as it is saved: with the run's own model, so that the run directory can be moved."""
+    assert first.parent is not None, "a scout is forked"
+    if not _has_own_base(run, recipe, first.parent):
+        return recipe
+    path = run.read_recipe(first.parent)["model"]["path"]
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
+
+
+def _has_own_base(run: RunDir, recipe: Recipe, parent: str) -> bool:
+    return recipe.model.lora.rank is not None and run.read_recipe(parent)["model"]["lora"]["rank"] is None
 
 
 @on_main_rank

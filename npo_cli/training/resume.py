@@ -39,7 +39,7 @@ from npo_cli.storage.lineage import (
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import append_event
 from npo_cli.storage.sample_store import SampleStore
-from npo_cli.storage.scouts import drop_used_scouts
+from npo_cli.storage.scouts import drop_used_scouts, forget_base
 from npo_cli.training.checkpointing import init_state_from_weights, restore_state
 from npo_cli.training.loop import grpo_steps
 from npo_cli.training.merge import merge_weights, save_merged_start
@@ -217,7 +217,8 @@ def gate_warnings(run: RunDir, start: ResumePoint) -> Iterator[Notice]:
 
 def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> None:
     """Write the recipe, then the segment: a branch that is listed can be opened."""
-    run.save_recipe(start.branch, recipe_to_dict(make_paths_absolute(start.recipe)))
+    recipe = forget_base(run, start.recipe, start.segment) if start.segment.is_scout else start.recipe
+    run.save_recipe(start.branch, recipe_to_dict(make_paths_absolute(recipe)))
     if start.is_new:
         append_fork_cost(run, start.segment)
     append_segment(run, start.segment, overrides=overrides)

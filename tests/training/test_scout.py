@@ -94,7 +94,7 @@ def test_scout_teaches_is_paid_for_and_is_dropped_after_the_window(scout, tmp_pa
     assert saved_steps(run, "s") == [4]
     records = start_resume(root, *TEACH, *WINDOW, at=2, new_branch="dense")
     stop_after(records, 3)
-    assert find_first_segment(run, "dense").teacher == ["s", 4]
+    assert find_first_segment(run, "dense").teacher == ("s", 4)
     assert run.read_recipe("dense")["target"]["teacher"] == "scout:s@4"
     assert [str(use) for use in list_scout_uses(run, "s") if not use.is_over] == ["branch dense"]
     with pytest.raises(NpoError, match="branch dense depend on branch s"):
@@ -108,7 +108,7 @@ def test_scout_teaches_is_paid_for_and_is_dropped_after_the_window(scout, tmp_pa
     assert resume(root, "train.num_steps=7", source_branch="dense")[0].step == 7
 
     fork = next(line for line in read_cost_lines(run) if (line.kind, line.branch) == ("fork", "dense"))
-    assert (fork.charged, fork.until) == (["branches/s"], None)
+    assert (tuple(fork.charged), fork.until) == (("branches/s",), None)
     table, own = read_cost_table(run), sum(int(report.metrics["tokens"]) for report in reports)
     paid = sum(int(report.metrics["tokens"]) for report in trained)
     assert cost_at(run, "dense", 6).tokens == cost_at(run, "main", 2).tokens + paid + own
@@ -211,6 +211,7 @@ def test_scout_with_adapters_trains_them_on_the_frozen_step(scout, tmp_path):
     run = open_run(roots[0])
     (folder,) = [found.path for found in list_checkpoints(run, "s") if found.step == 5]
     assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
+    assert run.read_recipe("s")["model"]["path"] == run.read_recipe("main")["model"]["path"]
     # Killed before its first checkpoint, moved to another folder, and resumed.
     stop_after(start_scout(roots[1], *lora, steps=3), 3)
     roots[2].rename(tmp_path / "away")
