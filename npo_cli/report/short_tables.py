@@ -349,7 +349,7 @@ def short_transitions_tables(transitions: Sequence[Transition]) -> tuple[Table, 
         *(("--full shows Q, V and S of each probe.",) * has_probes),
     )
     table = drop_empty_columns(Table(title=title, header=("step", "event", "based on"), rows=rows, notes=notes))
-    return (table, *rung_tables(transitions))
+    return (table, *rung_tables(transitions, is_short=True))
 
 
 def _shorten_evidence(one: Transition) -> str:

@@ -151,13 +151,18 @@ def transitions_tables(transitions: Sequence[Transition]) -> tuple[Table, ...]:
     return (table, *rung_tables(transitions), *probe_parts)
 
 
-def rung_tables(transitions: Sequence[Transition]) -> tuple[Table, ...]:
-    """Every rung that was applied, what it was expected to be worth and what it was worth; nothing without one."""
+SHORT_RUNG_COLUMNS = ("step", "rung", "window", "cost", "value")
+
+
+def rung_tables(transitions: Sequence[Transition], *, is_short: bool = False) -> tuple[Table, ...]:
+    """Every rung that was applied, what it was expected to be worth and what it was worth; nothing without one.
+    `is_short`: for a narrow terminal."""
     rows: list[tuple[str, ...]] = []
     forecast, applied = "-", None
     for one in transitions:
         if one.event == "rung_chosen":
-            forecast = _format_interval(one.evidence, "value")
+            is_known = one.evidence.get("value_low") is not None
+            forecast = _format_interval(one.evidence, "value") if is_known else "untried"
         elif one.event == "probe_accepted":
             forecast = format_number(one.evidence.get("value_split"), digits=2)
         elif one.event in ("rung_applied", "rolled_back") and one.state.rung is not None:
@@ -171,6 +176,13 @@ def rung_tables(transitions: Sequence[Transition]) -> tuple[Table, ...]:
     if not rows:
         return ()
     header = ("step", "rung", "branch", "window", "forecast", "effect", "mixed groups", "cost", "value")
+    if is_short:
+        places = [header.index(name) for name in SHORT_RUNG_COLUMNS]
+        kept = tuple(tuple(row[place] for place in places) for row in rows)
+        notes = ("value: 1 + steps saved / cost, above 1 where it paid; --full shows the effect.",)
+        return (
+            drop_empty_columns(Table(title="Rungs of the ladder", header=SHORT_RUNG_COLUMNS, rows=kept, notes=notes)),
+        )
     notes = (
         "effect: on-policy accuracy after the window, minus the trend before the trigger at equal cost; mixed groups: "
         "their share in the window, minus its trend.",

@@ -265,6 +265,9 @@ def test_table_of_rungs_has_forecast_effect_and_value():
     cells = dict(zip(table.header, table.rows[0], strict=True))
     assert (cells["step"], cells["rung"], cells["window"], cells["cost"]) == ("101", "mistakes", "102-121", "20.0")
     assert cells["value"].startswith("1.25")
+    assert cells["forecast"] == "untried"
+    (short,) = rung_tables(moves, is_short=True)
+    assert (short.header, short.rows[0][1]) == (("step", "rung", "window", "cost", "value"), "mistakes")
     assert rung_tables([]) == ()
 
 
