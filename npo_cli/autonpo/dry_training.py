@@ -90,7 +90,7 @@ def plan_window(rung: Rung, recipe: Recipe, *, mean_length: float | None) -> Pla
     elif rung.needs_probe:
         samples = autonpo.rungs.group_size
     return plan_samples(
-        f"an intervention: {rung.name}",
+        f"a window: {rung.name}",
         num_prompts=num_prompts if samples else 0,
         samples_per_prompt=samples,
         recipe=recipe,

@@ -303,9 +303,9 @@ def test_dry_run_counts_what_each_rung_may_add():
     settings = ("autonpo.ladder=[mistakes,guide,dense,rollback]", "train.prompts_per_step=16", "train.save_every=10")
     rows = [one for one in plan_interventions(load_recipe("micro", settings), mean_length=None) if hasattr(one, "work")]
     # windows of 20 steps of 16 prompts: 8 guide samples each, or 2 rollouts each
-    assert {row.work.removeprefix("an intervention: "): (row.prompts, row.samples) for row in rows[:4]} == {
-        "probe": (256, 1024),
-        "mistakes": (0, 0),
-        "guide": (320, 2560),
-        "dense": (320, 640),
+    assert {row.work: (row.prompts, row.samples) for row in rows[:4]} == {
+        "an intervention: probe": (256, 1024),
+        "a window: mistakes": (0, 0),
+        "a window: guide": (320, 2560),
+        "a window: dense": (320, 640),
     }
