@@ -132,6 +132,8 @@ class Producer:
         """Unanswered ones, oldest first."""
         self._loaded: str | None = None
         """Version that the process holds after its newest answer."""
+        self._failure: NpoError | None = None
+        """The error that was its last answer."""
         self._warning = ""
         self._num_published = 0
 
@@ -213,6 +215,8 @@ class Producer:
 
     def _send(self, job: ProducerStart | SampleJob) -> None:
         assert self._channel is not None, "the producer runs"
+        if self._failure is not None:
+            raise self._failure
         try:
             self._channel.send(job)
         except ConnectionError as error:
@@ -231,6 +235,7 @@ class Producer:
             raise self._describe_death() from error
         job = self._jobs.pop(0)
         if isinstance(answer, NpoError):
+            self._failure = answer
             raise answer
         if isinstance(job, ProducerStart):
             self._warning = answer

@@ -123,6 +123,11 @@ def test_error_in_the_producer_is_raised_as_it_was(tmp_path):
         started.wait_until_ready()
     assert raised.value.exit_code == 2
     assert raised.value.hint
+    # It answers no other job: a later one, as of an evaluation, fails at once.
+    again = ProducerEngine(started, policy)
+    request = replace(make_requests(policy, "1+1=")[0], version=again.sync_weights(0))
+    with pytest.raises(NpoError, match="no/such/model"):
+        again.generate([request], temperature=1.0, max_new_tokens=6)
     started.close()
 
 
