@@ -42,8 +42,9 @@ class RewardStop:
         return self.threshold is not None and is_full and sum(self.rewards) / self.window >= self.threshold
 
     def observe(self, report: StepReport) -> bool:
-        """Add a step; whether the training ends after it."""
-        self.rewards.append(report.metrics["reward"])
+        """Add a step, of which fine-tuning has no reward; whether the training ends after it."""
+        if "reward" in report.metrics:
+            self.rewards.append(report.metrics["reward"])
         self.step = report.step
         return self.is_reached
 

@@ -359,8 +359,11 @@ SHORT = {"trigger": {"cooldown_steps": 15}, "max_interventions": 2}
             SimulatedRun(signal_at=plateau, settings=autonpo_settings(**SHORT, early={"enabled": True})),
             marks=pytest.mark.slow,
         ),
-        SimulatedRun(
-            signal_at=plateau, settings=autonpo_settings(**SHORT, replay={"acceptance_test": True}), is_worse=True
+        pytest.param(
+            SimulatedRun(
+                signal_at=plateau, settings=autonpo_settings(**SHORT, replay={"acceptance_test": True}), is_worse=True
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["default", "early", "replay rejected"],
@@ -429,7 +432,7 @@ def draw_event(data, state):
     return StepObserved(reading=reading, has_checkpoint=data.draw(st.booleans()))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), config=SETTINGS)
 def test_controller_keeps_to_diagram_and_limit_for_arbitrary_events(data, config):
     state = AutoNPOState(branch="main", step=0)

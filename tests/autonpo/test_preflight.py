@@ -230,8 +230,7 @@ def test_rollback_distances_must_be_ascending(plain):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--guide", "near"], "not available with --autonpo"),
-        (["--steps", "2"], "not available with --autonpo"),
+        (["--guide", "near", "--steps", "2"], "not available with --autonpo"),
         (["--new-branch", "new"], "--new-branch needs --at STEP"),
     ],
 )

@@ -531,7 +531,7 @@ def test_rollback_reports_what_each_profile_would_choose():
     assert (found.selection_by_profile["calibrated"], found.selection_by_profile["seq_kl"]) == (30, 10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     correct=st.lists(st.integers(0, 4), min_size=6, max_size=6),
     logs=st.lists(st.floats(-2, 0), min_size=3, max_size=3),

@@ -228,7 +228,7 @@ def messages(records: Iterable[Any]) -> list[str]:
     ("what", "number"),
     [
         pytest.param("probe failed prompts", 1, marks=pytest.mark.slow),
-        ("score past checkpoints", 2),
+        pytest.param("score past checkpoints", 2, marks=pytest.mark.slow),
         pytest.param("sample guide", 1, marks=pytest.mark.slow),
     ],
 )

@@ -129,7 +129,8 @@ def test_json_has_null_for_a_threshold_never_reached():
     line = to_json_line(CostToThreshold(name="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None))
     assert line == (
         '{"record": "cost_to_threshold", "name": "GRPO", "threshold": 0.9, "is_best_held": false, "step": null, '
-        '"total_steps": null, "total_tokens": null, "total_seconds": null, "total_forwards": null}'
+        '"total_steps": null, "total_tokens": null, "total_seconds": null, "total_forwards": null, '
+        '"total_teacher_tokens": null}'
     )
 
 

@@ -36,8 +36,8 @@ def test_csv_has_one_row_per_record_and_empty_unknown_cells(tmp_path):
     path = tmp_path / "new" / "points.csv"
     save_results([point, StepReport(branch="main", step=1, metrics={}, timings={})], path, of=SeedPoint)
     assert path.read_text() == (
-        "method,seed,run,branch,step,updates,tokens,forwards,seconds,accuracy,entropy,curve\n"
-        '"a, ""b""",1,r,main,5,10,99,120,,0.5,,own\n'
+        "method,seed,run,branch,step,updates,tokens,forwards,teacher_tokens,seconds,accuracy,entropy,curve\n"
+        '"a, ""b""",1,r,main,5,10,99,120,0,,0.5,,own\n'
     )
 
 

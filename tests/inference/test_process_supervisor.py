@@ -90,6 +90,7 @@ def test_supervisor_ends_children_that_outlive_the_command(tmp_path):
     keeper.stdin.close()
 
 
+@pytest.mark.slow
 def test_supervisor_passes_signals_to_the_process_group(tmp_path):
     keeper = kept(sys.executable, "-c", FAMILY, str(tmp_path / "pids"))
     pids = family_of(tmp_path / "pids")

@@ -294,7 +294,7 @@ def test_teacher_is_on_the_bill_and_protected(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     reports = resume(root, *DISTILL, at=2, new_branch="dense")
     run = open_run(root)
-    assert find_first_segment(run, "dense").teacher == ["main", 4]
+    assert find_first_segment(run, "dense").teacher == ("main", 4)
     lines = [line for line in read_cost_lines(run) if line.branch == "dense"]
     # The scout was trained up to step 4, two steps beyond the fork.
     assert next(line for line in lines if line.kind == "fork").until == ["main", 4]

@@ -132,9 +132,10 @@ def test_advantage_baseline_on_policy():
 def test_methods_are_in_both_tracks():
     table = {"grpo", "luffy", "exgrpo", "rlep", "npo-early", "npo-late", "npo", "autonpo"}
     # Without a published recipe for this trainer:
-    dense = {"distill", "token-weight", "rlsd", "b-opsd", "policy-reheater"}
+    dense = {"distill", "distill-scout", "token-weight", "rlsd", "b-opsd", "policy-reheater"}
     rivals = {"sft-then-grpo", "adaptive-entropy", "mistakes-first", "rejoin", "prefix", "lazy-guide", "rl-extra"}
-    for track, names in (("matched", table | dense | rivals), ("reference", table)):
+    ours = {"npo-scout", "autonpo-ladder"}
+    for track, names in (("matched", table | dense | rivals | ours), ("reference", table)):
         assert {name.partition("/")[2] for name in list_method_names() if name.startswith(track)} == names
     authors = {name.partition("/")[2] for name in list_method_names() if name.startswith("authors/")}
     assert authors == {"grpo", "npo-early", "npo-late", "npo", "autonpo"}

@@ -336,7 +336,7 @@ def test_older_copy_of_an_extrapolated_teacher_is_protected(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     resume(root, *KINDS["extrapolated weights"][1], at=2, new_branch="dense")
     run = open_run(root)
-    assert find_first_segment(run, "dense").teacher == ["main", 0]
+    assert find_first_segment(run, "dense").teacher == ("main", 0)
     assert {("main", 0), ("main", 2)} <= find_protected_checkpoints(run)
 
 

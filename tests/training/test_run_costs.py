@@ -117,7 +117,7 @@ def test_run_costs_of_cache_and_scoring_are_the_tokens_they_sampled(whole):
 
 
 def record_move(run: RunDir, event: str, **evidence: object) -> None:
-    state = AutoNPOState(branch="near", step=4)
+    state = AutoNPOState(branch="near", step=4, phase="COOLDOWN")
     append_transitions(run, [Transition(step=4, event=event, phase_before="PROBE", state=state, evidence=evidence)])
 
 

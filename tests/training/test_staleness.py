@@ -58,7 +58,7 @@ KINDS = {
     ),
     "token weights": ("target.kind=token_weight", "target.teacher=policy", "target.privileged=answer"),
 }
-FAST = ("plain", "lora")
+FAST = ("plain",)
 
 
 def groups_of(root: Path, step: int, branch: str = "main") -> tuple[Group, ...]:
