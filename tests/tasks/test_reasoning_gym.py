@@ -44,6 +44,7 @@ def test_reasoning_gym_mixture_has_its_weights_in_both_splits():
     assert question(one).startswith("Find the Greatest Common Divisor")
 
 
+@pytest.mark.slow
 def test_reasoning_gym_pool_depends_on_the_seed_only():
     first, again, other = (gym_task([SMALL_SUM], seed=seed) for seed in (0, 0, 1))
     assert (first.train, first.heldout) == (again.train, again.heldout)
