@@ -79,9 +79,9 @@ def measure_rung(
         list(zip(past, (row["accuracy"] for row in before), strict=True)),
         [(cost + place, row["accuracy"]) for place, row in enumerate(after, start=1)],
     )
-    mixed = compare_with_trend(
-        list(zip(past, map(mixed_share, before), strict=True)),
-        [(cost * place / len(window), mixed_share(row)) for place, row in enumerate(window, start=1)],
+    partly_solved = compare_with_trend(
+        list(zip(past, map(partly_solved_share, before), strict=True)),
+        [(cost * place / len(window), partly_solved_share(row)) for place, row in enumerate(window, start=1)],
     )
     rate = estimate_rate([row["accuracy"] for row in line], len(before), rollouts_per_step=rollouts_per_step)
     value, low, high = (1 + part / rate / cost for part in (accuracy.difference, accuracy.low, accuracy.high))
@@ -94,9 +94,9 @@ def measure_rung(
         effect=accuracy.difference,
         effect_low=accuracy.low,
         effect_high=accuracy.high,
-        mixed_gain=mixed.difference,
-        mixed_gain_low=mixed.low,
-        mixed_gain_high=mixed.high,
+        partly_solved_gain=partly_solved.difference,
+        partly_solved_gain_low=partly_solved.low,
+        partly_solved_gain_high=partly_solved.high,
         cost=cost,
         rate=rate,
         steps_saved=accuracy.difference / rate,
@@ -106,7 +106,7 @@ def measure_rung(
     )
 
 
-def mixed_share(row: MetricsRow) -> float:
+def partly_solved_share(row: MetricsRow) -> float:
     """Share of groups whose own rollouts were neither all right nor all wrong."""
     return 1.0 - row["frac_all_wrong"] - row["frac_all_right"]
 

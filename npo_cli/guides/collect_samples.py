@@ -89,7 +89,7 @@ def open_sampler_thread(session: Session, learner: Learner) -> Iterator[SamplerT
         return
     with measure_startup("load", "a second model for sampling"):
         second = load_second_policy(session, learner.checkpoint)
-    # Prompts have their token ids from the policy, which is asked first.
+    # The scoring's policy tokenizes each prompt first; both models read its token ids.
     policy = replace(second, prompt_tokens=session.policy.prompt_tokens)
     with (
         closing(build_session(session.run, session.recipe, task=session.task, policy=policy)) as own,
@@ -285,7 +285,7 @@ def sample_in_turn(state: ScoringState, parts: Sequence[SampledPart]) -> Iterato
 def _sample_chunks(
     state: ScoringState, chunks: Sequence[tuple[SampledPart, Sequence[Prompt]]]
 ) -> Iterator[list[Group]]:
-    """The groups of each chunk, in order: each when it is asked for, or ahead by the sampler thread."""
+    """The groups of each chunk, in order: each when it is requested, or ahead by the sampler thread."""
     sampler = state.sampler or state
 
     def sample(chunk: tuple[SampledPart, Sequence[Prompt]]) -> list[Group]:

@@ -170,12 +170,12 @@ def rung_tables(transitions: Sequence[Transition], *, is_short: bool = False) ->
             applied = (str(one.step), one.state.rung, one.state.branch, window, forecast)
             rows.append((*applied, "-", "-", "-", "-"))
         elif one.event == "rung_measured" and applied is not None:
-            names = ("effect", "mixed_gain", "value")
-            effect, mixed, value = (_format_interval(one.evidence, name) for name in names)
-            rows[-1] = (*applied, effect, mixed, format_number(one.evidence["cost"], digits=1), value)
+            names = ("effect", "partly_solved_gain", "value")
+            effect, partly_solved, value = (_format_interval(one.evidence, name) for name in names)
+            rows[-1] = (*applied, effect, partly_solved, format_number(one.evidence["cost"], digits=1), value)
     if not rows:
         return ()
-    header = ("step", "rung", "branch", "window", "forecast", "effect", "mixed groups", "cost", "value")
+    header = ("step", "rung", "branch", "window", "forecast", "effect", "partly solved", "cost", "value")
     if is_short:
         places = [header.index(name) for name in SHORT_RUNG_COLUMNS]
         kept = tuple(tuple(row[place] for place in places) for row in rows)
@@ -184,8 +184,8 @@ def rung_tables(transitions: Sequence[Transition], *, is_short: bool = False) ->
             drop_empty_columns(Table(title="Rungs of the ladder", header=SHORT_RUNG_COLUMNS, rows=kept, notes=notes)),
         )
     notes = (
-        "effect: on-policy accuracy after the window, minus the trend before the trigger at equal cost; mixed groups: "
-        "their share in the window, minus its trend.",
+        "effect: on-policy accuracy after the window, minus the trend before the trigger at equal cost; partly solved: "
+        "share of partly solved groups in the window, minus its trend.",
         "cost: in steps of the time before; value: 1 + steps saved / cost, above 1 where it paid; intervals are 95 %.",
     )
     return (drop_empty_columns(Table(title="Rungs of the ladder", header=header, rows=tuple(rows), notes=notes)),)

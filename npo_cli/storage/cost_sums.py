@@ -432,7 +432,7 @@ class TrainingSplit(NamedTuple):
     rolled_back: Cost
     """Of its guides, on lines of descent that it left."""
     scouts: Cost
-    """Of disposable scouts, whoever used them."""
+    """Of disposable scouts, whichever branch they were used by."""
     abandoned: Cost
 
 

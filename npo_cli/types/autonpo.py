@@ -197,10 +197,10 @@ class RungEffect:
     """accuracy - accuracy_expected, with its 95 % interval."""
     effect_low: float
     effect_high: float
-    mixed_gain: float
+    partly_solved_gain: float
     """Share of groups with correct and wrong rollouts in the window, minus the trend, with its 95 % interval."""
-    mixed_gain_low: float
-    mixed_gain_high: float
+    partly_solved_gain_low: float
+    partly_solved_gain_high: float
     cost: float
     """Tokens of the window, of its guides and its probe, in steps of the time before."""
     rate: float

@@ -186,9 +186,9 @@ def test_next_intervention_begins_without_the_settings_of_the_window(tmp_path):
         )
     # a fork by --at begins without them too
     last = made[-1]
-    list(start_autonpo_resume(root, at=last.step + 2, source_branch=last.state.branch, new_branch="anew"))
-    anew = open_run(root).read_recipe("anew")
-    assert (anew["target"]["kind"], anew["order"]["mistakes"]) == ("none", 0.0)
+    list(start_autonpo_resume(root, at=last.step + 2, source_branch=last.state.branch, new_branch="again"))
+    again = open_run(root).read_recipe("again")
+    assert (again["target"]["kind"], again["order"]["mistakes"]) == ("none", 0.0)
 
 
 def test_rung_that_cannot_be_applied_is_refused_before_training(tmp_path):
