@@ -3,32 +3,37 @@
     python recipes/guidance_pays.py screen OUT                     # (a) 12 cells, every arm, 2 seeds
     python recipes/guidance_pays.py tune OUT --cells addh2         # (b) GRPO over 12 settings on tuning seeds
     python recipes/guidance_pays.py confirm OUT --cells addh2 --seeds 6
-    python recipes/guidance_pays.py tables OUT                     # CSV files from whatever is finished
+    python recipes/guidance_pays.py tables OUT                     # what follows from seeds.csv, again
     python recipes/guidance_pays.py screen OUT --dry-run           # the commands only
 
-Each part runs `npo bench` per cell, which resumes where it stopped; the commands are printed first. `tables` reads run
-directories and trains nothing.
+Each part runs `npo bench` per cell, which resumes where it stopped; the commands are printed first. What is finished is
+kept in OUT as `seeds.csv`, `hysteresis.csv` and `tuning.csv`; seeds and cells that stand there are not run again, so
+the experiment goes on elsewhere from these three files. `effects.csv` follows from `seeds.csv`.
 """
 
 import argparse
 import csv
-import json
 import math
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
 from scipy import stats
 
+from npo_cli.cli.bench import parse_grid
+from npo_cli.experiments.bench import compute_curve_areas
+from npo_cli.experiments.bench_plan import BenchRun
 from npo_cli.experiments.compare import collect_threshold_costs, compare_hysteresis
-from npo_cli.experiments.load_methods import MethodRuns, load_methods
+from npo_cli.experiments.load_methods import MethodRuns, SeedRun, load_methods
 from npo_cli.experiments.method_curves import find_comparison_range
-from npo_cli.storage.bench_dir import is_bench
 
+Row = TypeVar("Row")
 SPARSE = ("guide.replay.at_step=0", "guide.replay.guide_step=60")
 PLATEAU = ("guide.replay.at_step=40", "guide.replay.guide_step=100")
 CELLS: dict[str, tuple[str, ...]] = {
@@ -46,9 +51,10 @@ CELLS: dict[str, tuple[str, ...]] = {
     "addh2-lr6e-4": ("task.kind=addh2", "train.lr=6e-4", "train.num_steps=200", *SPARSE),
 }
 """Settings on top of the recipe `micro`: 16 prompts x 8 rollouts, AdamW, learning rate 3e-4, one update per step."""
-BASELINE = "grpo"
+BASELINE, PRIMARY = "grpo", "distill-scout"
 ARMS = ("npo-late", "distill", "distill-scout", "mistakes-first", "token-weight", "rejoin")
 CONFIRMED_ARMS = ("npo-late", "distill", "distill-scout", "mistakes-first")
+NUM_CONFIRMED_CELLS = 3
 SCREENING_SEEDS, TUNING_SEEDS, FIRST_SEED = (300, 301), (400, 401), 500
 GRID = ("train.lr=1.5e-4,3e-4,6e-4", "train.num_updates=1,2 train.prompts_per_step=32 train.group_size=16")
 COMMON = ("eval.every=10", "train.save_every=20", "model.threads=1")
@@ -56,6 +62,8 @@ TARGETS = (0.9, 0.8)
 """Held-out accuracies: the primary outcome's, the secondary one's."""
 LEVELS = (0.2, 0.4, 0.6)
 """Accuracies from which hysteresis is measured, to the secondary target."""
+NUM_LAST = 3
+"""Evaluations that an accuracy at some cost is the mean of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +79,38 @@ class SeedRow:
     """To the target, on the best-held curve; None: it was not reached."""
     total_tokens: float
     seconds: float | None
+    """To the target."""
     final_accuracy: float
     """Mean of the last three evaluations."""
+    gain_at_equal_tokens: float
+    """Accuracy minus GRPO's of the same seed, each the mean of the last three evaluations within the smaller of the two
+    totals of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HysteresisRow:
+    """H of one seed: steps from an accuracy to the secondary target, unguided run minus replayed branch."""
+
+    part: str
+    cell: str
+    arm: str
+    seed: int
+    accuracy: float
+    target: float
+    steps: float
+    bound: str
+    """`at least`: the unguided run never reached the target; `at most`: the replay never did."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuningRow:
+    """One setting of GRPO in one cell."""
+
+    cell: str
+    setting: str
+    area: float
+    """Held-out accuracy averaged over the tokens that all settings cover, mean over the tuning seeds."""
+    is_chosen: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,97 +129,150 @@ class EffectRow:
     high: float | None
     p_value: float | None
     """Two-sided, paired t test of the log ratio."""
-
-
-def build_command(
-    part: str, cell: str, arms: Sequence[str], seeds: Sequence[int], given: argparse.Namespace
-) -> list[str]:
-    """The `npo bench` of one cell."""
-    settings = [*CELLS[cell], *COMMON, *given.overrides]
-    if part == "confirm":
-        settings += read_tuned_setting(given.out / "tune" / cell)
-    command = [
-        "bench",
-        "micro",
-        *settings,
-        "--methods",
-        ",".join((BASELINE, *arms)),
-        "--out",
-        str(given.out / part / cell),
-    ]
-    command += ["--seeds", ",".join(map(str, seeds)), "--jobs", str(given.jobs)]
-    for alternatives in GRID if part == "tune" else ():
-        command += ["--grid", alternatives]
-    return [*command, "--tuning-seeds", ",".join(map(str, TUNING_SEEDS))] if part == "tune" else command
-
-
-def read_tuned_setting(folder: Path) -> list[str]:
-    """KEY=VALUE that the tuning seeds chose for GRPO."""
-    path = folder / "tuning.json"
-    if not path.exists():
-        raise SystemExit(f"{folder.name} is not tuned: run the part `tune` with --cells {folder.name} first")
-    (setting,) = json.loads(path.read_text(encoding="utf-8")).values()
-    return str(setting).split()
+    p_holm: float | None
+    """Of the primary arm's confirmation: adjusted over the three cells; a cell that has not been run counts as 1."""
+    gain: float
+    """Mean of `gain_at_equal_tokens`."""
+    gain_low: float | None
+    gain_high: float | None
 
 
 def run_part(given: argparse.Namespace) -> None:
-    """Every cell in turn; its rows are written when it is finished."""
-    arms, seeds = {
-        "screen": (ARMS, SCREENING_SEEDS),
-        "tune": ((), (FIRST_SEED - 1,)),
-        "confirm": (CONFIRMED_ARMS, range(FIRST_SEED, FIRST_SEED + given.seeds)),
-    }[given.part]
+    """Every cell in turn, without the seeds on record; its rows are written when it is finished."""
+    arms = tuple(given.arms or {"screen": ARMS, "tune": (), "confirm": CONFIRMED_ARMS}[given.part])
     for cell in given.cells:
-        command = build_command(given.part, cell, given.arms or arms, seeds, given)
+        if given.part == "tune":
+            if read_tuned_setting(given.out, cell) is not None:
+                print(f"{cell} is tuned")
+                continue
+            seeds: Sequence[int] = (FIRST_SEED - 1,)
+        else:
+            wanted = SCREENING_SEEDS if given.part == "screen" else range(FIRST_SEED, FIRST_SEED + given.seeds)
+            finished = find_finished_seeds(given.out, given.part, cell, (BASELINE, *arms))
+            seeds = [seed for seed in wanted if seed not in finished]
+            if not seeds:
+                print(f"{cell} is finished")
+                continue
+        command = build_command(given, cell, arms, seeds)
         print(f"$ npo {shlex.join(command)}", flush=True)
         if not given.dry_run:
             subprocess.run([sys.executable, "-m", "npo_cli", *command, "--quiet"], check=True)
-            write_tables(given.out)
+            record_cell(given, cell)
+            write_effects(given.out)
 
 
-def write_tables(out: Path) -> None:
-    """`seeds.csv`, `effects.csv` and `hysteresis.csv` of all finished cells."""
-    seeds: list[SeedRow] = []
-    effects: list[EffectRow] = []
-    hysteresis: list[Mapping[str, object]] = []
-    for part in ("screen", "confirm"):
-        for cell in CELLS:
-            folder = out / part / cell
-            if not (folder.is_dir() and is_bench(folder)):
-                continue
-            methods = load_methods([str(folder)], baseline=None)
-            for target in TARGETS:
-                rows = {method.name: list(list_seed_rows(part, cell, method, methods, target)) for method in methods}
-                seeds += [row for found in rows.values() for row in found]
-                effects += [
-                    estimate_effect(found, rows[methods[0].name])
-                    for name, found in rows.items()
-                    if name != methods[0].name
-                ]
-            hysteresis += [
-                {
-                    "part": part,
-                    "cell": cell,
-                    "arm": one.method,
-                    "accuracy": one.accuracy,
-                    "target": one.target,
-                    "steps": one.steps.value,
-                    "bound": one.bound,
-                    "num_seeds": one.steps.num_used,
-                }
-                for one in compare_hysteresis(methods, (*LEVELS, TARGETS[1]))
-            ]
-    for name, rows in (
-        ("seeds", list(map(asdict, seeds))),
-        ("effects", list(map(asdict, effects))),
-        ("hysteresis", hysteresis),
-    ):
-        if rows:
-            with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-            print(f"{out / name}.csv: {len(rows)} rows")
+def build_command(given: argparse.Namespace, cell: str, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """The `npo bench` of one cell."""
+    settings = list_settings(given, cell)
+    if given.part == "confirm":
+        tuned = read_tuned_setting(given.out, cell)
+        if tuned is None:
+            raise SystemExit(f"{cell} is not tuned: run the part `tune` with --cells {cell} first")
+        settings = (*settings, *tuned.split())
+    command = ["bench", "micro", *settings, "--methods", ",".join((BASELINE, *arms))]
+    command += ["--out", str(given.out / given.part / cell)]
+    command += ["--seeds", ",".join(map(str, seeds)), "--jobs", str(given.jobs)]
+    if given.part == "tune":
+        for alternatives in GRID:
+            command += ["--grid", alternatives]
+        command += ["--tuning-seeds", ",".join(map(str, TUNING_SEEDS))]
+    return command
+
+
+def list_settings(given: argparse.Namespace, cell: str) -> tuple[str, ...]:
+    """KEY=VALUE of every run of a cell."""
+    return (*CELLS[cell], *COMMON, *given.overrides)
+
+
+# The record: what is finished
+
+
+def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    adapter = TypeAdapter(row_type)
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    return [adapter.validate_python({name: text or None for name, text in line.items()}) for line in lines]
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """A CSV file of dataclasses of one type."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(rows[0])])
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    print(f"{path}: {len(rows)} rows")
+
+
+def add_rows(path: Path, row_type: type[Row], new: Sequence[Row], *, key: Callable[[Row], Hashable]) -> None:
+    """Add rows to a CSV file, in place of those with the same key."""
+    rows = {key(row): row for row in (*read_rows(path, row_type), *new)}
+    if rows:
+        write_rows(path, list(rows.values()))
+
+
+def find_finished_seeds(out: Path, part: str, cell: str, arms: Sequence[str]) -> set[int]:
+    """Seeds of which every arm is on record."""
+    rows = [row for row in read_rows(out / "seeds.csv", SeedRow) if (row.part, row.cell) == (part, cell)]
+    seeds = [{row.seed for row in rows if row.arm == f"matched-{arm}"} for arm in arms]
+    return set.intersection(*seeds)
+
+
+def read_tuned_setting(out: Path, cell: str) -> str | None:
+    """KEY=VALUE that the tuning seeds chose for GRPO; None before."""
+    rows = read_rows(out / "tuning.csv", TuningRow)
+    return next((row.setting for row in rows if row.cell == cell and row.is_chosen), None)
+
+
+def record_cell(given: argparse.Namespace, cell: str) -> None:
+    """Add the finished bench of a cell to the CSV files."""
+    folder = given.out / given.part / cell
+    if given.part == "tune":
+        tuning = measure_settings(folder, list_settings(given, cell), cell)
+        add_rows(given.out / "tuning.csv", TuningRow, tuning, key=lambda row: (row.cell, row.setting))
+        return
+    methods = load_methods([str(folder)], baseline=None)
+    seeds = [
+        row
+        for target in TARGETS
+        for method in methods
+        for row in list_seed_rows(given.part, cell, method, methods, target)
+    ]
+    add_rows(
+        given.out / "seeds.csv", SeedRow, seeds, key=lambda row: (row.part, row.cell, row.arm, row.seed, row.target)
+    )
+    add_rows(
+        given.out / "hysteresis.csv",
+        HysteresisRow,
+        list(list_hysteresis_rows(given.part, cell, methods)),
+        key=lambda row: (row.part, row.cell, row.arm, row.seed, row.accuracy),
+    )
+
+
+def measure_settings(folder: Path, settings: tuple[str, ...], cell: str) -> list[TuningRow]:
+    """The area of every setting, as the bench chose by."""
+    grid = parse_grid(GRID)
+    runs = [
+        [
+            BenchRun(
+                recipe="micro",
+                method=BASELINE,
+                settings=(*settings, *setting.split()),
+                seed=seed,
+                folder=folder / "tuning" / f"matched-{BASELINE}" / setting.replace(" ", "+") / f"seed-{seed}",
+                teacher="",
+            )
+            for setting in grid
+        ]
+        for seed in TUNING_SEEDS
+    ]
+    areas = [statistics.fmean(each) for each in zip(*map(compute_curve_areas, runs), strict=True)]
+    return [
+        TuningRow(cell=cell, setting=setting, area=area, is_chosen=int(area == max(areas)))
+        for setting, area in zip(grid, areas, strict=True)
+    ]
 
 
 def list_seed_rows(
@@ -189,50 +280,129 @@ def list_seed_rows(
 ) -> Iterator[SeedRow]:
     """What each seed of an arm paid until any policy that it had paid for reached the target."""
     ways = collect_threshold_costs(target, method, find_comparison_range(methods), curve="best held")
-    for one, way in zip(method.runs, ways["tokens"], strict=True):
-        last = one.points[-1]
+    baseline = {one.run_branch.seed: one for one in methods[0].runs}
+    for one, tokens, seconds in zip(method.runs, ways["tokens"], ways["seconds"], strict=True):
+        theirs = baseline[tokens.seed]
+        budget = min(run.points[-1].tokens for run in (one, theirs))
         yield SeedRow(
             part=part,
             cell=cell,
             arm=method.name,
-            seed=way.seed,
+            seed=tokens.seed,
             target=target,
-            tokens=way.cost,
-            total_tokens=way.total_cost,
-            seconds=last.seconds,
-            final_accuracy=statistics.fmean(point.accuracy for point in one.points[-3:]),
+            tokens=tokens.cost,
+            total_tokens=tokens.total_cost,
+            seconds=seconds.cost,
+            final_accuracy=average_last(one),
+            gain_at_equal_tokens=average_last(one, budget=budget) - average_last(theirs, budget=budget),
         )
+
+
+def average_last(one: SeedRun, *, budget: float = math.inf) -> float:
+    """Mean accuracy of the last evaluations within a budget of tokens."""
+    within = [point.accuracy for point in one.points if point.tokens <= budget]
+    return statistics.fmean(within[-NUM_LAST:])
+
+
+def list_hysteresis_rows(part: str, cell: str, methods: Sequence[MethodRuns]) -> Iterator[HysteresisRow]:
+    """H of each seed of every arm with a guided replay."""
+    for seed in methods[0].seeds:
+        own = [
+            replace(method, runs=tuple(one for one in method.runs if one.run_branch.seed == seed))
+            for method in methods
+            if seed in method.seeds
+        ]
+        for found in compare_hysteresis(own, (*LEVELS, TARGETS[1])):
+            yield HysteresisRow(
+                part=part,
+                cell=cell,
+                arm=found.method,
+                seed=seed,
+                accuracy=found.accuracy,
+                target=found.target,
+                steps=found.steps.value,
+                bound=found.bound,
+            )
+
+
+# What follows from it
+
+
+def write_effects(out: Path) -> None:
+    """`effects.csv`, from `seeds.csv`."""
+    rows: dict[tuple[str, str, float], dict[str, list[SeedRow]]] = {}
+    for row in read_rows(out / "seeds.csv", SeedRow):
+        rows.setdefault((row.part, row.cell, row.target), {}).setdefault(row.arm, []).append(row)
+    effects = [
+        estimate_effect(found, arms[f"matched-{BASELINE}"])
+        for arms in rows.values()
+        for name, found in arms.items()
+        if name != f"matched-{BASELINE}"
+    ]
+    primary = [row for row in effects if is_primary(row)]
+    adjusted = adjust_holm([1.0 if row.p_value is None else row.p_value for row in primary], family=NUM_CONFIRMED_CELLS)
+    by_cell = {row.cell: p for row, p in zip(primary, adjusted, strict=True)}
+    effects = [replace(row, p_holm=by_cell[row.cell]) if is_primary(row) else row for row in effects]
+    if effects:
+        write_rows(out / "effects.csv", effects)
+
+
+def is_primary(row: EffectRow) -> bool:
+    """Whether the row is a claim of the plan."""
+    return (row.part, row.arm, row.target) == ("confirm", f"matched-{PRIMARY}", TARGETS[0])
+
+
+def adjust_holm(p_values: Sequence[float], *, family: int) -> list[float]:
+    """Holm's step-down adjustment (1979): the i-th smallest of m, times m - i + 1, at least its predecessor's, at most
+    1. m = `family`; tests of it that are missing count as 1."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (family - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def estimate_effect(arm: Sequence[SeedRow], baseline: Sequence[SeedRow]) -> EffectRow:
     """The primary outcome: the log ratio of tokens, censored at the smallest total h of any run of the pair of arms."""
-    horizon = min(row.total_tokens for row in (*arm, *baseline))
     theirs = {row.seed: row for row in baseline}
+    arm = [row for row in arm if row.seed in theirs]
+    paired = [theirs[row.seed] for row in arm]
+    horizon = min(row.total_tokens for row in (*arm, *paired))
     logs = [
-        math.log(min(theirs[row.seed].tokens or horizon, horizon) / min(row.tokens or horizon, horizon))
-        for row in arm
-        if row.seed in theirs
+        math.log(min(one.tokens or horizon, horizon) / min(row.tokens or horizon, horizon))
+        for row, one in zip(arm, paired, strict=True)
     ]
-    mean = statistics.fmean(logs)
-    low = high = p_value = None
-    if len(logs) > 1 and any(logs):
-        test = stats.ttest_1samp(logs, 0.0)
-        interval = test.confidence_interval(0.95)
-        low, high, p_value = math.exp(interval.low), math.exp(interval.high), float(test.pvalue)
+    mean, low, high, p_value = estimate_mean(logs)
+    gain, gain_low, gain_high, _ = estimate_mean([row.gain_at_equal_tokens for row in arm])
     first = arm[0]
     return EffectRow(
         part=first.part,
         cell=first.cell,
         arm=first.arm,
         target=first.target,
-        num_seeds=len(logs),
+        num_seeds=len(arm),
         num_reached=sum(row.tokens is not None for row in arm),
-        num_reached_baseline=sum(row.tokens is not None for row in baseline),
+        num_reached_baseline=sum(row.tokens is not None for row in paired),
         ratio=math.exp(mean),
-        low=low,
-        high=high,
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
         p_value=p_value,
+        p_holm=None,
+        gain=gain,
+        gain_low=gain_low,
+        gain_high=gain_high,
     )
+
+
+def estimate_mean(values: Sequence[float]) -> tuple[float, float | None, float | None, float | None]:
+    """Mean, Student's 95 % interval and the p value of a mean of 0; None of one value, or of equal ones."""
+    mean = statistics.fmean(values)
+    if len(set(values)) < 2:
+        return mean, None, None, None
+    test = stats.ttest_1samp(values, 0.0)
+    interval = test.confidence_interval(0.95)
+    return mean, float(interval.low), float(interval.high), float(test.pvalue)
 
 
 def main() -> None:
@@ -242,7 +412,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of every run")
     parser.add_argument("--cells", type=lambda text: text.split(","), default=list(CELLS), metavar="A,B")
-    parser.add_argument("--arms", type=lambda text: tuple(text.split(",")), metavar="A,B")
+    parser.add_argument("--arms", type=lambda text: text.split(","), metavar="A,B")
     parser.add_argument("--seeds", type=int, default=12, help="of the confirmation")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true")
@@ -251,7 +421,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown cells {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
     if given.part == "tables":
-        write_tables(given.out)
+        write_effects(given.out)
     else:
         run_part(given)
 
