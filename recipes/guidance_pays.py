@@ -32,6 +32,7 @@ from npo_cli.experiments.bench_plan import BenchRun
 from npo_cli.experiments.compare import collect_threshold_costs, compare_hysteresis
 from npo_cli.experiments.load_methods import MethodRuns, SeedRun, load_methods
 from npo_cli.experiments.method_curves import find_comparison_range
+from npo_cli.storage.bench_dir import DONE_FILE, save_bench_index
 
 Row = TypeVar("Row")
 SPARSE = ("guide.replay.at_step=0", "guide.replay.guide_step=60")
@@ -62,6 +63,8 @@ TARGETS = (0.9, 0.8)
 """Held-out accuracies: the primary outcome's, the secondary one's."""
 LEVELS = (0.2, 0.4, 0.6)
 """Accuracies from which hysteresis is measured, to the secondary target."""
+NUM_ATTEMPTS, FAILED = 2, 1
+"""Of the bench of a cell; exit code of one with a failed run."""
 NUM_LAST = 3
 """Evaluations that an accuracy at some cost is the mean of."""
 
@@ -80,9 +83,9 @@ class SeedRow:
     total_tokens: float
     seconds: float | None
     """To the target."""
-    final_accuracy: float
-    """Mean of the last three evaluations."""
-    gain_at_equal_tokens: float
+    final_accuracy: float | None
+    """Mean of the last three evaluations; None: the run failed."""
+    gain_at_equal_tokens: float | None
     """Accuracy minus GRPO's of the same seed, each the mean of the last three evaluations within the smaller of the two
     totals of tokens."""
 
@@ -131,8 +134,8 @@ class EffectRow:
     """Two-sided, paired t test of the log ratio."""
     p_holm: float | None
     """Of the primary arm's confirmation: adjusted over the three cells; a cell that has not been run counts as 1."""
-    gain: float
-    """Mean of `gain_at_equal_tokens`."""
+    gain: float | None
+    """Mean of `gain_at_equal_tokens`, without failed runs."""
     gain_low: float | None
     gain_high: float | None
 
@@ -156,8 +159,13 @@ def run_part(given: argparse.Namespace) -> None:
         command = build_command(given, cell, arms, seeds)
         print(f"$ npo {shlex.join(command)}", flush=True)
         if not given.dry_run:
-            subprocess.run([sys.executable, "-m", "npo_cli", *command, "--quiet"], check=True)
-            record_cell(given, cell)
+            bench = [sys.executable, "-m", "npo_cli", *command, "--quiet"]
+            for _ in range(NUM_ATTEMPTS):
+                if (code := subprocess.run(bench, check=False).returncode) != FAILED:
+                    break
+            if code not in (0, FAILED):
+                raise SystemExit(code)
+            record_cell(given, cell, arms, seeds)
             write_effects(given.out)
 
 
@@ -226,22 +234,34 @@ def read_tuned_setting(out: Path, cell: str) -> str | None:
     return next((row.setting for row in rows if row.cell == cell and row.is_chosen), None)
 
 
-def record_cell(given: argparse.Namespace, cell: str) -> None:
-    """Add the finished bench of a cell to the CSV files."""
+def record_cell(given: argparse.Namespace, cell: str, arms: Sequence[str], seeds: Sequence[int]) -> None:
+    """Add the bench of a cell to the CSV files; a run that failed is censored at GRPO's total."""
     folder = given.out / given.part / cell
     if given.part == "tune":
         tuning = measure_settings(folder, list_settings(given, cell), cell)
         add_rows(given.out / "tuning.csv", TuningRow, tuning, key=lambda row: (row.cell, row.setting))
         return
+    names = [f"matched-{arm}" for arm in (BASELINE, *arms)]
+    runs = [(name, file) for name in names for file in folder.glob(f"runs/{name}/*/seed-*/{DONE_FILE}")]
+    finished = [(name, file.parent / "run") for name, file in runs if int(file.parent.name[len("seed-") :]) in seeds]
+    save_bench_index(folder, finished)
     methods = load_methods([str(folder)], baseline=None)
-    seeds = [
+    rows = [
         row
         for target in TARGETS
         for method in methods
         for row in list_seed_rows(given.part, cell, method, methods, target)
     ]
+    known = {(row.arm, row.seed) for row in rows}
+    rows += [
+        replace(row, arm=name, tokens=None, seconds=None, final_accuracy=None, gain_at_equal_tokens=None)
+        for row in rows
+        if row.arm == names[0]
+        for name in names
+        if (name, row.seed) not in known
+    ]
     add_rows(
-        given.out / "seeds.csv", SeedRow, seeds, key=lambda row: (row.part, row.cell, row.arm, row.seed, row.target)
+        given.out / "seeds.csv", SeedRow, rows, key=lambda row: (row.part, row.cell, row.arm, row.seed, row.target)
     )
     add_rows(
         given.out / "hysteresis.csv",
@@ -374,7 +394,8 @@ def estimate_effect(arm: Sequence[SeedRow], baseline: Sequence[SeedRow]) -> Effe
         for row, one in zip(arm, paired, strict=True)
     ]
     mean, low, high, p_value = estimate_mean(logs)
-    gain, gain_low, gain_high, _ = estimate_mean([row.gain_at_equal_tokens for row in arm])
+    gains = [row.gain_at_equal_tokens for row in arm if row.gain_at_equal_tokens is not None]
+    gain, gain_low, gain_high, _ = estimate_mean(gains) if gains else (None,) * 4
     first = arm[0]
     return EffectRow(
         part=first.part,
