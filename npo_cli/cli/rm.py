@@ -18,7 +18,9 @@ def remove(
     recursive: Annotated[
         bool,
         typer.Option(
-            "--recursive", help="Also what depends on it: branches forked from it, guide caches and scorings for it."
+            "--recursive",
+            help="Also what depends on it: branches forked from it or merged with it, guide caches and scorings for "
+            "it.",
         ),
     ] = False,
     full: FullOpt = False,

@@ -102,12 +102,14 @@ def plan_removal(run: RunDir, branch: str, *, recursive: bool) -> Removal:
 
 
 def list_descendants(run: RunDir, branch: str) -> list[str]:
-    """Branches forked from this one, directly or not, parents before children; of a scout those that still learn from
-    it."""
+    """Branches forked from this one, or with a merged start that it has a checkpoint of, directly or not, parents
+    before children; of a scout those that still learn from it."""
     found = [branch]
     for name in list_branches(run):
         learns = any(use.name == name and not use.is_over for one in found for use in _list_branch_uses(run, one))
-        if name not in found and (learns or find_first_segment(run, name).parent in found):
+        first = find_first_segment(run, name)
+        starts_from = {first.parent, *(merged for merged, _ in first.merged_checkpoints)}
+        if name not in found and (learns or not starts_from.isdisjoint(found)):
             found.append(name)
     return found[1:]
 

@@ -15,6 +15,7 @@ from npo_cli.storage.index import select_line_evals
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_first_segment
 from npo_cli.storage.metrics import read_metrics
+from npo_cli.storage.removal import remove_branch
 from npo_cli.storage.retention import find_protected_checkpoints
 from npo_cli.storage.verify import verify_run
 from npo_cli.training.dry_run import plan_resume
@@ -111,6 +112,29 @@ def test_merged_checkpoints_are_on_the_bill_once(rejoined):
     }
 
 
+def test_merge_with_an_unrelated_branch_is_billed_once_and_ties_it_to_the_branch(replayed, tmp_path):
+    """main to 2, then steps 3 and 4 of the replay and of the other branch: steps 3 and 4 of main are no part of it."""
+    root = copy_run(replayed, tmp_path / "run")
+    resume(root, "train.lr=3e-3", at=2, source_branch="main", new_branch="other")
+    resume(root, SIX, **REJOIN | {"merge": "other:4,minus=main:2,weight=0.25"})
+    run = open_run(root)
+    tokens = {
+        branch: [row["tokens"] for row in read_metrics(run, branch)]
+        for branch in ("main", "replay", "other", "rejoined")
+    }
+    start = sum(tokens["main"][:2]) + sum(tokens["replay"]) + sum(tokens["other"])
+    assert (cost_at(run, "rejoined", 4).tokens, cost_at(run, "rejoined", 4).steps) == (start, 6)
+    assert cost_at(run, "rejoined", 6).tokens == start + sum(tokens["rejoined"])
+    # theta_plus has a merged start itself: its own steps 5 and 6 are all that is new
+    more = {"at": 4, "source_branch": "replay", "new_branch": "twice", "merge": "rejoined:6,weight=0.5", "until": 5}
+    resume(root, SIX, **more)
+    assert cost_at(run, "twice", 4).tokens == start + sum(tokens["rejoined"])
+    with pytest.raises(NpoError, match="branch rejoined, branch twice depend on branch other"):
+        list(remove_branch(root, "other", recursive=False, is_confirmed=True))
+    planned = remove_branch(root, "other", recursive=True, is_confirmed=False)
+    assert [one.path for one in planned] == ["branches/twice", "branches/rejoined", "branches/other"]
+
+
 def stop_at(records: object, kind: type) -> None:
     """Drop a run where it first yields such a record."""
     for record in records:
@@ -160,6 +184,7 @@ def test_dry_run_of_a_merge_writes_nothing(replayed, tmp_path):
         ("other:4,weight=0.5", {}, "has no branch 'other'"),
         ("replay:4,weight=0.5", {}, "adds nothing"),
         ("main:4,weight=0.5", {"fresh_optimizer": True}, "--merge is not available with --fresh-optimizer"),
+        ("main:4,weight=0.5", {"guide": "near", "no_guide": False}, "--merge is not available with --guide"),
         ("main:4,weight=0.5", {"at": None, "no_guide": False, "new_branch": None}, "--merge needs --at STEP"),
     ],
 )
