@@ -31,7 +31,7 @@ def find_idle_settings(settings: Settings, written: Mapping[str, int]) -> Iterat
         for other, needed in marks.get("applies_when", {}).items() if key in written else ():
             value = fields[other][0]
             if not _holds(other, value, needed) and written.get(other, -1) <= written[key]:
-                yield key, _describe_reason(other, value, needed), _suggest(other, needed)
+                yield key, _describe_reason(other, value, needed), _suggest(other, value, needed)
                 break
 
 
@@ -54,8 +54,9 @@ def _describe_reason(key: str, value: Any, needed: Any) -> str:
     return f"without {key}" if needed == IS_SET else f"with {key}={_format(value)}"
 
 
-def _suggest(key: str, needed: Any) -> str:
-    return "set " + (key if needed == IS_SET else " or ".join(f"{key}={_format(value)}" for value in needed))
+def _suggest(key: str, value: Any, needed: Any) -> str:
+    form = "{}=[{}]" if isinstance(value, tuple) else "{}={}"
+    return "set " + (key if needed == IS_SET else " or ".join(form.format(key, _format(each)) for each in needed))
 
 
 def _format(value: Any) -> str:

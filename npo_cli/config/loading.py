@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 from npo_cli.config.applies import find_idle_settings
 from npo_cli.config.base import Settings, is_dataset_id, is_hub_id, walk_fields
 from npo_cli.config.locate import find_method, find_recipe, is_shipped
-from npo_cli.config.messages import describe_problems, shorten, suggest_fix
+from npo_cli.config.messages import COMMAND_LINE, describe_problems, shorten, suggest_fix
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.errors import NpoError, quote_path
 
@@ -34,7 +34,6 @@ EXTENDS_KEY = "extends"
 FORK_HINT = "fork a new branch: add --at STEP and --guide NAME or --no-guide to the command"
 Purpose = Literal["resume", "fork", "measure"]
 """What changed settings are for: the same branch, a new one, or a command that samples and trains nothing."""
-COMMAND_LINE: Literal["command line"] = "command line"
 MAX_DEPTH = 20
 """Parts of a dotted key; settings have at most five."""
 

@@ -7,12 +7,14 @@ import difflib
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_core import ErrorDetails
 
 from npo_cli.config.recipe import Recipe
 
+COMMAND_LINE: Literal["command line"] = "command line"
+"""Location of a setting that is no line of a file."""
 MAX_ECHO = 60
 """Characters of a user's text that a message shows."""
 
@@ -139,10 +141,13 @@ def describe_problems(problems: Sequence[ErrorDetails], *, locations: Mapping[st
 
 
 def _locate(problem: ErrorDetails, locations: Mapping[str, str], *, source: str) -> str:
-    """Location of the setting, else of the nearest section around it or key in it."""
+    """Location of the setting, else of the nearest section around it or key in it; of a section with a key on the
+    command line, that."""
     parts = [str(part) for part in problem["loc"]]
     around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     within = [key for key in locations if around and key.startswith(around[0] + ".")]
+    if any(locations[key] == COMMAND_LINE for key in within):
+        return COMMAND_LINE
     return next((locations[key] for key in around + within if key in locations), source)
 
 

@@ -52,6 +52,12 @@ def test_setting_without_effect_is_refused(overrides, message):
     assert caught.value.hint.startswith("remove ")
 
 
+def test_hint_to_set_a_list_is_a_list():
+    with pytest.raises(NpoError) as caught:
+        load_recipe("micro", ["autonpo.rungs.group_size=4"])
+    assert caught.value.hint == "remove autonpo.rungs.group_size, or set autonpo.ladder=[dense]"
+
+
 def test_setting_without_effect_in_a_file_is_refused_with_its_line(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("task:\n  source: file\n  path: d.jsonl\n  kind: any\nmodel: {lora: {alpha: 8}}\n")

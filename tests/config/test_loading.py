@@ -441,3 +441,9 @@ def test_model_in_a_recipe_is_a_folder_beside_it_or_a_name(tmp_path, monkeypatch
 def test_paths_in_a_shipped_recipe_begin_at_the_current_folder():
     assert load_recipe("smollm2-arithmetic").task.path == "arithmetic/train.jsonl"
     assert load_recipe(str(find_recipe_folder() / "smollm2-arithmetic.yaml")).task.path == "arithmetic/train.jsonl"
+
+
+def test_problem_of_a_section_is_located_on_the_command_line_that_caused_it():
+    """The section itself is in the file, too."""
+    with pytest.raises(NpoError, match=r"needs a teacher: set target\.teacher=SPEC \(command line\)"):
+        load_recipe("micro", ["target.kind=distribution"])
