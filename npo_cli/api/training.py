@@ -301,7 +301,7 @@ def replay(
     last = resolve_last_step(until, recipe, after=at, autonpo=False)
     parent = branch or FIRST_BRANCH
     find_checkpoint(open_run(root), parent, at)
-    chosen = validate_name(name or choose_replay_name(parent, at))
+    chosen = validate_name(choose_replay_name(parent, at) if name is None else name)
     _check_same_source(root, chosen, specs)
     request = ReplayRequest(
         at=at, branch=parent, sources=specs, name=chosen, steps=steps, until=until, overrides=overrides
@@ -368,7 +368,7 @@ def scout(
     root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
     parent = branch or FIRST_BRANCH
     recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork")
-    chosen = validate_name(name or choose_scout_name(parent, at))
+    chosen = validate_name(choose_scout_name(parent, at) if name is None else name)
     request = ScoutRequest(at=at, branch=parent, steps=steps, name=chosen, overrides=overrides)
     start = choose_scout(open_run(root), request)
 

@@ -211,7 +211,7 @@ def fork(
     return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
 
 
-MERGE_SPEC = re.compile(r"(?P<plus>[^,:]+:\d+)(,minus=(?P<minus>[^,:]+:\d+))?,weight=(?P<weight>[^,]+)")
+MERGE_SPEC = re.compile(r"(?P<plus>[^,:]+:\d+)(,minus=(?P<minus>[^,:]+:\d+))?,weight=(?P<weight>[^,]+)", re.ASCII)
 MERGE_FORM = "BRANCH:STEP[,minus=BRANCH:STEP],weight=W"
 
 
