@@ -7,6 +7,7 @@ step is lost, or (`dense`) at that of a short rollback. Their forecast and measu
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from npo_cli.autonpo.signals import read_trigger_inputs
@@ -17,15 +18,18 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.guides.source import ReplayTarget, create_source, parse_spec
 from npo_cli.guides.teacher import make_teacher_absolute, settle_teacher
+from npo_cli.policy.model_folder import find_model, is_packaged
 from npo_cli.registry import RUNGS
 from npo_cli.session.learner import Learner
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import find_checkpoint, list_ancestry_checkpoints
-from npo_cli.storage.layout import RunDir
+from npo_cli.storage.layout import FIRST_BRANCH, RunDir
 from npo_cli.types.autonpo import Transition
 
 ANY_TEACHER = "base"
 """Stands for the teacher where only the settings are checked."""
+OUTSIDE_SOURCES = ("run", "model", "file", "endpoint")
+"""Guide sources that need nothing of the run: whether they are there is known before it begins."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,24 +87,37 @@ class Rung:
                     "already",
                     f"{self.off[0]}={self.off[1]}, or a ladder without {self.name}",
                 )
+        teacher = rungs.teacher if self.choose_teacher is choose_best_checkpoint else None
         if self.samples_guide:
-            parse_spec(rungs.guide)
+            check_outside_source(rungs.guide, recipe)
             if recipe.train.staleness:
                 raise NpoError(
                     "a guide that is sampled while training is not available with train.staleness above 0",
                     f"train.staleness=0, or a ladder without {self.name}",
                 )
         try:
-            self.make_window_recipe(recipe)
+            window = self.make_window_recipe(recipe, ANY_TEACHER if teacher is None else teacher)
+            if teacher is not None:
+                check_outside_source(teacher, window)
         except NpoError as error:
             raise NpoError(
                 f"autonpo.ladder has {self.name}: {error.message}", f"a ladder without {self.name}"
             ) from error
 
-    def make_window_recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe of a window, with any teacher."""
+    def make_window_recipe(self, recipe: Recipe, teacher: str = ANY_TEACHER) -> Recipe:
+        """The recipe of a window."""
         rungs = recipe.autonpo.rungs
-        return apply_overrides(recipe, self.settings(rungs, rungs.num_steps, ANY_TEACHER))
+        return apply_overrides(recipe, self.settings(rungs, rungs.num_steps, teacher))
+
+
+def check_outside_source(text: str, recipe: Recipe) -> None:
+    """Refuse a SPEC that cannot be read, or of a guide source outside of the run that is not there."""
+    spec = parse_spec(text)
+    if spec.name in OUTSIDE_SOURCES:
+        learner = Learner(recipe=recipe, branch=FIRST_BRANCH, checkpoint=None)
+        create_source(spec, ReplayTarget(run=RunDir(Path()), learner=learner))
+    if spec.name == "model" and not is_packaged(str(spec.options["model"])):
+        find_model(str(spec.options["model"]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

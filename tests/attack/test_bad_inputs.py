@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
+from tests.helpers.autonpo_runs import EAGER
 from tests.helpers.cli_errors import SMALL, CommandResult, folder_digests, npo
 
 pytestmark = pytest.mark.slow
@@ -47,6 +48,7 @@ def assert_refused(folder: Path, *args: object) -> CommandResult:
     assert (result.code, result.out) == (2, ""), result
     assert 0 < len(result.err.splitlines()) <= MAX_LINES, result.err
     assert "Traceback" not in result.err
+    assert [line.split()[0] for line in result.err.splitlines()[-2:]] == ["error:", "try:"], result.err
     assert folder_digests(folder) == before
     return result
 
@@ -54,6 +56,11 @@ def assert_refused(folder: Path, *args: object) -> CommandResult:
 @pytest.mark.parametrize("settings", INPUTS["settings"], ids=str)
 def test_bad_setting(folder: Path, settings: str | list[str]):
     assert_refused(folder, "train", "micro", "new", *SMALL, *([settings] if isinstance(settings, str) else settings))
+
+
+@pytest.mark.parametrize("settings", INPUTS["ladders"], ids=str)
+def test_bad_ladder(folder: Path, settings: list[str]):
+    assert_refused(folder, "train", "micro", "new", *EAGER, "autonpo.rungs.num_steps=2", *settings, "--autonpo")
 
 
 @pytest.mark.parametrize("args", INPUTS["commands"], ids=" ".join)
@@ -101,4 +108,4 @@ def test_bad_model(folder: Path, files: dict[str, str | None]):
 
 
 def test_there_are_enough_bad_inputs():
-    assert sum(map(len, INPUTS.values())) >= 150
+    assert sum(map(len, INPUTS.values())) >= 350
