@@ -179,7 +179,7 @@ def build_command(given: argparse.Namespace, cell: str, arms: Sequence[str], see
         settings = (*settings, *tuned.split())
     command = ["bench", "micro", *settings, "--methods", ",".join((BASELINE, *arms))]
     command += ["--out", str(given.out / given.part / cell)]
-    command += ["--seeds", ",".join(map(str, seeds)), "--jobs", str(given.jobs)]
+    command += ["--seeds", "".join(f"{seed}," for seed in seeds), "--jobs", str(given.jobs)]
     if given.part == "tune":
         for alternatives in GRID:
             command += ["--grid", alternatives]

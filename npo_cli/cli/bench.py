@@ -18,7 +18,8 @@ MethodsOpt = Annotated[
     str, typer.Option("--methods", metavar="NAMES", help="Comma-separated methods (npo recipes --methods).")
 ]
 SeedsOpt = Annotated[
-    str, typer.Option("--seeds", metavar="N|A,B", help="Number of seeds from 0, or a comma-separated list.")
+    str,
+    typer.Option("--seeds", metavar="N|A,B", help="Number of seeds from 0, or comma-separated seeds (one seed: `7,`)."),
 ]
 GridOpt = Annotated[
     list[str] | None,
@@ -90,12 +91,12 @@ def bench(
 
 
 def parse_seeds(text: str, *, as_list: bool = False) -> tuple[int, ...]:
-    """`5` is the seeds 0 to 4 (with `as_list` the seed 5), `7,9` these two."""
-    parts = [part.strip() for part in text.split(",")]
+    """`5` is the seeds 0 to 4 (with `as_list` the seed 5), `7,9` these two, `7,` this one."""
+    parts = [part.strip() for part in text.removesuffix(",").split(",")]
     if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in parts):
         raise NpoError(f"seeds are comma-separated whole numbers, got {text!r}", "--seeds 5   # or --seeds 0,1,2")
     numbers = tuple(map(int, parts))
-    seeds = numbers if as_list or len(numbers) > 1 else tuple(range(numbers[0]))
+    seeds = numbers if as_list or "," in text else tuple(range(numbers[0]))
     if not seeds or len(set(seeds)) < len(seeds):
         raise NpoError(f"{text!r} names no seed, or a seed twice", "--seeds 5   # or --seeds 0,1,2")
     return seeds

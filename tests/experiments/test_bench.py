@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npo_cli.cli.bench import parse_grid
+from npo_cli.cli.bench import parse_grid, parse_seeds
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.experiments.bench import BenchSpec, run_bench
 from npo_cli.experiments.compare import compare_runs
@@ -220,6 +220,15 @@ def test_grid_lists_alternatives_and_combines_options():
         "train.num_updates=4 train.group_size=16",
     )
     assert parse_grid([]) == ()
+
+
+def test_one_seed_is_named_with_a_comma():
+    assert parse_seeds("3") == (0, 1, 2)
+    assert parse_seeds("7,") == (7,)
+    assert parse_seeds("7,9") == (7, 9)
+    for text in ("7,,", ",", "7,7"):
+        with pytest.raises(NpoError, match="seed"):
+            parse_seeds(text)
 
 
 @pytest.mark.parametrize("texts", [["train.lr"], [" "], ["train.lr=1", "train.lr=2 train.num_updates=2"]])
