@@ -21,11 +21,14 @@ from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.evals import read_evals
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lineage import list_branches
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.training.scout import scout_run
 from npo_cli.training.train import train_run
 from npo_cli.types.guides import ScoutRequest
+from tests.autonpo.test_ladder_run import ladder
 from tests.distributed.test_two_processes import assert_same_metrics, metrics, responses
+from tests.helpers.autonpo_runs import EAGER
 from tests.helpers.cli_errors import npo
 from tests.helpers.images import load_vision_policy, mixed_prompts
 from tests.helpers.runs import LORA, TINY, copy_run, resume, sample, tiny_recipe, train
@@ -136,6 +139,40 @@ def test_autonpo_decisions_of_two_processes_equal_one(staleness, tmp_path):
     tokens = [compute_run_costs(open_run(tmp_path / name), "early").tokens for name in ("single", "double")]
     # Sums in another order differ by rounding, which over 50 steps changes a token here and there.
     assert tokens[0] == pytest.approx(tokens[1], rel=1e-3)
+
+
+def decisions(root: Path) -> list[tuple[str, str | None, str, int]]:
+    return [(move.event, move.state.rung, move.state.branch, move.step) for move in read_transitions(open_run(root))]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_ladder_of_two_processes_decides_as_one(staleness, tmp_path):
+    rungs = ("mistakes", "token_weight", "dense")
+    more = ("autonpo.rungs.num_steps=2", "autonpo.trigger.cooldown_steps=2", f"train.staleness={staleness}")
+    settings = (*EAGER, *ladder(*rungs, limit=3, steps=22), *more, "--autonpo")
+    assert npo("train", "micro", tmp_path / "single", *settings).code == 0
+    run("train", "micro", str(tmp_path / "double"), *settings, log=tmp_path / "log")
+    assert decisions(tmp_path / "double") == decisions(tmp_path / "single")
+    made = [rung for event, rung, _, _ in decisions(tmp_path / "double") if event == "rung_applied"]
+    if staleness == 0:
+        assert made == list(rungs)
+    assert len(made) >= 2
+    for branch in list_branches(open_run(tmp_path / "single")):
+        both = (list(read_metrics(open_run(tmp_path / name), branch)) for name in ("double", "single"))
+        assert_same_metrics(*both)
+
+
+def test_rung_with_a_guide_is_unavailable_to_two_processes_and_the_next_one_is_taken(tmp_path):
+    settings = (*EAGER, *ladder("guide", "mistakes", steps=10), "--autonpo")
+    run("train", "micro", str(tmp_path / "double"), *settings, log=tmp_path / "log")
+    moves = read_transitions(open_run(tmp_path / "double"))
+    (refused,) = (move.evidence for move in moves if move.event == "rung_refused")
+    assert (refused["rung"], refused["basis"], refused["reason"]) == (
+        "guide",
+        "unavailable",
+        "a guide is sampled while training by one process",
+    )
+    assert next(move.evidence["rung"] for move in moves if move.event == "rung_applied") == "mistakes"
 
 
 STALE = (
