@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 RULES = (
     (r"^.*/run/", "RUN/"),
     (r"^bench/", "OUT/"),
-    (r"^(run|stale|auto|past|imported)/", "RUN/"),
+    (r"^(run|stale|auto|ladder|past|imported)/", "RUN/"),
     (r"/branches/[^/]+/", "/branches/BRANCH/"),
     (r"/checkpoints/step_\d+/", "/checkpoints/STEP/"),
     (r"/guides/[^/]+/", "/guides/NAME/"),

@@ -28,7 +28,7 @@ KINDS = sorted(list_documented_kinds(PAGE.read_text()) - MADE_ELSEWHERE)
 TRAINED = re.compile(r"(model|optimizer)\.safetensors|(metrics|rollouts|autonpo)\.jsonl|state\.json")
 """Files of a trained branch that seed and recipe alone decide."""
 INCOMPLETE = '"complete": false'
-RUNS = ("run", "stale", "auto", "past", "imported")
+RUNS = ("run", "stale", "auto", "ladder", "past", "imported")
 EVERYWHERE = (*RUNS, "bench")
 SCORED = ("--candidates", "9,12", *SCORING)
 
@@ -76,7 +76,7 @@ READERS = (
         where=("bench",),
         every=2,
     ),
-    Reader(name="autonpo", words=lambda run, _: ("autonpo", run, "--explain"), where=("auto",), every=9),
+    Reader(name="autonpo", words=lambda run, _: ("autonpo", run, "--explain"), where=("auto", "ladder"), every=9),
     Reader(
         name="report",
         words=lambda run, _: ("report", run, "--out", run.parent / "r.html"),
@@ -113,6 +113,14 @@ READERS = (
         name="resume --autonpo",
         words=lambda run, _: ("resume", run, "--autonpo", "train.num_steps=13"),
         where=("auto",),
+        every=17,
+        result=list_trained(),
+        writes=True,
+    ),
+    Reader(
+        name="resume --autonpo, ladder",
+        words=lambda run, _: ("resume", run, "--autonpo", "train.num_steps=40"),
+        where=("ladder",),
         every=17,
         result=list_trained(),
         writes=True,

@@ -20,7 +20,7 @@ FULL = ("no room left to write", "No space left on device", "MB and the disk has
 def test_commands_on_a_full_disk_end_the_same_once_there_is_room(warm: ForkServer, workflow, tmp_path: Path):
     failures: Counter[str] = Counter()
     rng = random.Random(0)
-    with mount_small_disk(tmp_path / "disk", megabytes=400) as disk:
+    with mount_small_disk(tmp_path / "disk", megabytes=600) as disk:
         root = disk / "full"
         for command in list_commands(root):
             for _ in range(TRIES):

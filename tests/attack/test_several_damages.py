@@ -16,7 +16,7 @@ from tests.helpers.cli_errors import npo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 NUM_RUNS = int(os.environ.get("NPO_DAMAGES", "20"))
-RUNS = ("run", "stale", "auto", "past", "imported")
+RUNS = ("run", "stale", "auto", "ladder", "past", "imported")
 UNREAD = {"log.txt"}
 READERS = (("show", "costs"), ("index",), ("resume", "train.num_steps=13"))
 

@@ -22,6 +22,13 @@ TAUGHT = (
     *("target.kind=distribution", "target.teacher=scout:ahead", "target.num_steps=3", "target.group_size=2"),
     "train.num_steps=12",
 )
+LADDER = (
+    *EAGER,
+    *("autonpo.ladder=[mistakes,token_weight,guide,dense,rollback]", "autonpo.rungs.num_steps=2"),
+    *("autonpo.rungs.teacher=base", "autonpo.rungs.guide=extrapolated:logits,k=2,a=1"),
+    *("autonpo.trigger.cooldown_steps=2", "autonpo.max_interventions=6", "train.num_steps=39"),
+)
+"""With this seed every rung is taken, the rollback last, at step 38."""
 BENCH = ("--methods", "grpo", "--seeds", "1", "--jobs", "1", "--grid", "train.lr=1e-4", *TINY, "eval.every=2")
 DONE = (
     *("the run has completed step", "already has a complete guide", "any more: it was removed"),
@@ -45,7 +52,7 @@ class WorkflowCommand:
 
 def list_commands(root: Path) -> list[WorkflowCommand]:
     """Every command, in an order in which each finds what it needs. All files are made below `root`."""
-    run, stale, auto, past = (root / name for name in ("run", "stale", "auto", "past"))
+    run, stale, auto, ladder, past = (root / name for name in ("run", "stale", "auto", "ladder", "past"))
     imported, bench, out = root / "imported", root / "bench", root / "out"
 
     def train(folder: Path, *settings: object, more: Words = ()) -> Callable[[], Words]:
@@ -91,6 +98,7 @@ def list_commands(root: Path) -> list[WorkflowCommand]:
         plain("train train.staleness=2", train(stale, *LONGER, *AHEAD), makes_kinds=False),
         plain("train with adapters and experience replay", train(past, *TINY, *LORA, *PAST)),
         plain("train --autonpo", train(auto, *EAGER, more=("--autonpo",))),
+        plain("train --autonpo, ladder", train(ladder, *LADDER, more=("--autonpo",)), makes_kinds=False),
         plain("score-checkpoints", always("score-checkpoints", run, *AT_6, *scored)),
         plain("sample-guide", always(*sample, "--source", "12", "--name", "near", *WHOLE_REPLAY)),
         plain("resume --guide", fork("near", "--guide", "near")),

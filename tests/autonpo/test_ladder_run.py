@@ -191,7 +191,14 @@ def test_next_intervention_begins_without_the_settings_of_the_window(tmp_path):
     assert (again["target"]["kind"], again["order"]["mistakes"]) == ("none", 0.0)
 
 
-def test_rung_that_cannot_be_applied_is_refused_before_training(tmp_path):
-    with pytest.raises(NpoError, match=r"switches guide\.source on"):
-        list(start_autonpo(tmp_path / "run", *ladder("guide", "rollback"), "guide.source=extrapolated"))
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("guide.source=extrapolated", r"switches guide\.source on"),
+        ("train.staleness=1", r"not available with train\.staleness"),
+    ],
+)
+def test_rung_that_cannot_be_applied_is_refused_before_training(tmp_path, setting, message):
+    with pytest.raises(NpoError, match=message):
+        list(start_autonpo(tmp_path / "run", *ladder("guide", "rollback"), setting))
     assert not (tmp_path / "run").exists()
