@@ -1,5 +1,6 @@
 """`npo compare`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +52,8 @@ def compare(
     records = compare_runs.stream(methods, thresholds=levels, baseline=baseline, figure=figure)
     from npo_cli.report.conclusions import conclude_compare
 
-    print_records(records, as_json=as_json, full=full, conclude=conclude_compare, out=out, saved_as=SeedPoint)
+    conclude = partial(conclude_compare, methods)
+    print_records(records, as_json=as_json, full=full, conclude=conclude, out=out, saved_as=SeedPoint)
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:

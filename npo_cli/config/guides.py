@@ -289,7 +289,8 @@ class MethodSettings(Settings):
     repeat_every: int | None = Field(
         None,
         ge=1,
-        description="Repeat all commands after the first every this many steps, moving {at} and {next} (null: once).",
+        description="Repeat all commands after the first every this many steps, moving {at}, {next} and {branch} "
+        "(null: once).",
     )
 
 

@@ -99,6 +99,22 @@ def _read_layers(name_or_path: str, *, method: str | None) -> list[SettingsLayer
     return [*_read_chain(find_recipe(name_or_path)), *([] if method is None else _read_chain(find_method(method)))]
 
 
+def find_replaced_settings(method: str, overrides: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Settings of a method's file that overrides replace: by dotted key the method's value and the override's."""
+    own, _ = _merge_layers(_read_chain(find_method(method)))
+    given, given_keys = _merge_layers([_parse_override(text) for text in overrides])
+    pairs = {key: (_find_value(own, key), _find_value(given, key)) for key in given_keys}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old not in (None, new) and type(old) is not dict}
+
+
+def _find_value(values: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key; None without one."""
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def load_usable_recipe(
     name_or_path: str, overrides: Sequence[str] = (), *, method: str | None = None
 ) -> tuple[Recipe, list[NpoError]]:

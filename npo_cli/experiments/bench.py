@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npo_cli.autonpo.preflight import validate_autonpo_settings
+from npo_cli.config.loading import find_replaced_settings
 from npo_cli.config.locate import find_method
 from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.launch import strip_launch_variables
@@ -90,18 +91,33 @@ def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]
         open_lifeline(lock) as ties,
         stop_between_steps() as stop,
     ):
+        yield from describe_replaced_settings(question)
         chosen = yield from tune_methods(question, ties, stop)
         cells = [
             make_bench_run(question, method, chosen[method], seed=seed, subfolder="runs")
             for seed in question.seeds
             for method in question.methods
         ]
-        yield from execute_runs(cells, question.jobs, ties, stop)
-        save_bench_index(question.out, [(format_method_name(cell.method), cell.run) for cell in cells])
+        try:
+            yield from execute_runs(cells, question.jobs, ties, stop)
+        except (RunFailed, StoppedEarly):
+            finished = [cell for cell in cells if is_done(cell)]
+            if finished:
+                _save_index(question, finished)
+                yield Notice(
+                    message=f"{len(finished)} of {len(cells)} runs are finished; they can be compared: "
+                    f"npo compare {quote_path(question.out)}"
+                )
+            raise
+        _save_index(question, cells)
     out = quote_path(question.out)
     yield Notice(message=f"as a page: npo report {out} --out {quote_path(question.out / 'report.html')}")
     if len(cells) > 1:
         yield Notice(message=f"side by side: npo compare {out} --figure {quote_path(question.out / 'compare.png')}")
+
+
+def _save_index(question: BenchSpec, cells: Iterable[BenchRun]) -> None:
+    save_bench_index(question.out, [(format_method_name(cell.method), cell.run) for cell in cells])
 
 
 @contextmanager
@@ -139,18 +155,41 @@ def validate_spec(question: BenchSpec) -> None:
     for method in question.methods:
         for setting in question.grid or ("",):
             cell = make_bench_run(question, method, setting, seed=question.seeds[0], subfolder="runs")
-            recipe = cell.resolve_recipe()
-            check_plan(cell)
-            if not recipe.eval.every:
-                raise NpoError("without held-out evaluations there is nothing to compare", "add eval.every=10")
-            if question.grid and recipe.task.source == "file":
-                raise NpoError(
-                    "the held-out file would be looked at while tuning, and then reported on",
-                    "tune on another file first, then leave --grid out: npo bench RECIPE train.lr=...",
-                )
-            with closing(open_task(recipe)) as task:
-                if "--autonpo" in recipe.method.commands[0].split():
-                    validate_autonpo_settings(recipe, len(task.train))
+            try:
+                _validate_run(cell, is_tuned=bool(question.grid))
+            except NpoError as error:
+                is_named = f"method {method} " in error.message
+                named = error.message if is_named else f"method {method}: {error.message}"
+                raise NpoError(named, error.hint) from error
+
+
+def _validate_run(cell: BenchRun, *, is_tuned: bool) -> None:
+    """The recipe, plan and task of a method's run."""
+    recipe = cell.resolve_recipe()
+    check_plan(cell)
+    if not recipe.eval.every:
+        raise NpoError("without held-out evaluations there is nothing to compare", "add eval.every=10")
+    if is_tuned and recipe.task.source == "file":
+        raise NpoError(
+            "the held-out file would be looked at while tuning, and then reported on",
+            "tune on another file first, then leave --grid out: npo bench RECIPE train.lr=...",
+        )
+    with closing(open_task(recipe)) as task:
+        if uses_autonpo(recipe):
+            validate_autonpo_settings(recipe, len(task.train))
+
+
+def describe_replaced_settings(question: BenchSpec) -> Iterator[Notice]:
+    """A notice for each setting of the command line, and of the grid, that replaces a method's own."""
+    for method in question.methods:
+        given = dict.fromkeys((*question.settings, *(word for setting in question.grid for word in setting.split())))
+        for key, (own, value) in find_replaced_settings(method, tuple(given)).items():
+            yield Notice(message=f"{format_method_name(method)}: {key}={value} replaces the method's own {own}")
+
+
+def uses_autonpo(recipe: Recipe) -> bool:
+    """Whether the recipe's method trains under AutoNPO."""
+    return "--autonpo" in recipe.method.commands[0].split()
 
 
 def make_bench_run(question: BenchSpec, method: str, setting: str, *, seed: int, subfolder: str) -> BenchRun:
@@ -247,7 +286,10 @@ def execute_runs(cells: Sequence[BenchRun], jobs: int, ties: Ties, stop: StopFla
             if state == "running":
                 continue
             running.remove(job)
-            failed += [job.bench_run] if state == "failed" else []
+            if state == "failed":
+                failed.append(job.bench_run)
+                error = _read_error(job.bench_run.folder / LOG_FILE)
+                yield Notice(message=f"{job.bench_run.folder} failed: {error}", level="warning")
             done = total - len(todo) - len(running)
             yield Progress(description="bench", done=done, total=total, note=str(job.bench_run.folder))
         time.sleep(POLL_SECONDS if running else 0)

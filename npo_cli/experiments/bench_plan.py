@@ -4,6 +4,7 @@ The commands are those a person would type. Each is looked at before it runs: wh
 short is gone on with.
 """
 
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from npo_cli.config.loading import load_recipe
+from npo_cli.config.loading import apply_overrides, load_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.storage.checkpoints import list_checkpoints
@@ -21,6 +22,8 @@ from npo_cli.storage.lineage import list_branches
 from npo_cli.storage.scouts import has_ended
 
 Command = tuple[str, ...]
+SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+"""Begins a word of a command that is a setting."""
 MAIN = "main"
 NO_SUBSTITUTIONS: Mapping[str, str] = MappingProxyType({})
 
@@ -61,10 +64,12 @@ def build_commands(cell: BenchRun) -> list[Command]:
     found = [(*_filled(first, cell, recipe), *cell.overrides)]
     if span is None:
         return found + [_filled(line, cell, recipe) for line in rest]
+    branch = MAIN
     for at in range(0, steps, span):
         end = min(at + span, steps)
-        moving = {"at": str(at), "next": str(end), "repeat_every": str(end - at)}
+        moving = {"at": str(at), "next": str(end), "repeat_every": str(end - at), "branch": branch}
         found += [_filled(line, cell, recipe, moving=moving) for line in rest]
+        branch = next((name for words in reversed(found) if (name := _options(words).get("--new-branch"))), branch)
     return found
 
 
@@ -125,6 +130,10 @@ class CommandSpan:
     """Training: its last step. A guide: the last step with it."""
     saved: frozenset[int] | None
     """Steps of which the branch has a checkpoint by then; None of the run's first command."""
+    recipe: Recipe
+    """With the command's own settings, and those that its branch inherits."""
+    fork_step: int
+    """Training: where the branch was forked."""
 
 
 def list_spans(cell: BenchRun) -> list[CommandSpan]:
@@ -133,10 +142,12 @@ def list_spans(cell: BenchRun) -> list[CommandSpan]:
     every, num_steps = recipe.train.save_every, recipe.train.num_steps
     saved: dict[str, frozenset[int]] = {}
     scouts: dict[str, int] = {}
-    newest, spans = MAIN, []
+    recipes: dict[str, Recipe] = {}
+    forks: dict[str, int] = {MAIN: 0}
+    spans: list[CommandSpan] = []
     for command in build_commands(cell):
         options = _options(command)
-        branch, source = options.get("--branch", newest), options.get("--source", "")
+        branch, source = options.get("--branch", MAIN), options.get("--source", "")
         before = saved.get(branch, frozenset())
         first, last = int(options.get("--at", max(before, default=0))), int(options.get("--until", num_steps))
         if command[0] == "scout":
@@ -147,15 +158,26 @@ def list_spans(cell: BenchRun) -> list[CommandSpan]:
             ahead = int(source) - first if source.isdecimal() else scouts.get(scout, 0)
             covered = recipe.guide.cache.count_covered(ahead) if ahead > 0 else num_steps - first
             last = first + int(options.get("--steps", recipe.guide.replay.num_steps or covered))
+        own = recipes.get(branch, recipe)
+        if spans:
+            own = apply_overrides(own, list(filter(SETTING.match, command)))
+        trained = options.get("--new-branch", branch)
         spans.append(
             CommandSpan(
-                command=command, options=options, branch=branch, first=first, last=last, saved=before if saved else None
+                command=command,
+                options=options,
+                branch=branch,
+                first=first,
+                last=last,
+                saved=before if saved else None,
+                recipe=own,
+                fork_step=first if trained != branch else forks.get(branch, 0),
             )
         )
         if command[0] in ("train", "resume"):
-            newest = options.get("--new-branch", branch)
+            recipes[trained], forks[trained] = own, spans[-1].fork_step
             kept = {step for step in before if step <= first}
-            saved[newest] = frozenset({*kept, first, last, *range(first - first % every + every, last + 1, every)})
+            saved[trained] = frozenset({*kept, first, last, *range(first - first % every + every, last + 1, every)})
     return spans
 
 

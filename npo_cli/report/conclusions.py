@@ -460,8 +460,11 @@ def conclude_dry_run(command: Sequence[str], records: Records) -> Conclusion:
     return Conclusion(sentence=sentence, next=f"npo {words}")
 
 
-def conclude_compare(records: Records) -> Conclusion:
-    """The method with the highest final accuracy, and its difference from the baseline or what it cost."""
+def conclude_compare(texts: Sequence[str], records: Records) -> Conclusion:
+    """The method with the highest final accuracy, and its difference from the baseline or what it cost.
+
+    `texts` is what was compared: a bench is reported as a whole.
+    """
     found = select(records, MethodSummary)
     best = max(found, key=lambda one: one.final_accuracy.value)
     seeds = f"{len(best.seeds)} seed{'s' * (len(best.seeds) != 1)}"
@@ -475,6 +478,8 @@ def conclude_compare(records: Records) -> Conclusion:
         sentence += f"; {second.method} is {format_estimate(second.final_accuracy, sign='+')} from it"
     cheapest = _describe_cheapest(select(records, MethodTimeToThreshold))
     runs = list(dict.fromkeys(run.rpartition(":")[0] for each in found for run in each.runs))
+    if len(texts) == 1 and is_bench(Path(texts[0])):
+        runs = list(texts)
     shown = " ".join(shlex.quote(text) for text in runs)
     return Conclusion(sentence=f"{sentence}{cheapest}", next=f"npo report {shown}")
 

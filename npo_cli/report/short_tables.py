@@ -49,12 +49,16 @@ NUM_NEWEST = 5
 """Rows of a table that has one per step, prompt or response."""
 NAME_CHARS = 18
 """Characters of a branch, guide or candidate."""
+METHOD_CHARS, CURVE_CHARS = 28, 22
+"""Characters of a method; in tables of curves, which have more columns."""
 TEXT_CHARS = 18
 """Characters of a response."""
 REASON_CHARS = 56
 RATIO_AXES = ("step", "tokens")
 BEST_POLICY_NOTE = "*: by the best policy paid for, the guide's run included."
+OTHER_BEST_POLICY_NOTE = "*: by the best policy paid for, where it is another (the guide's run counts)."
 RATIO_NOTE = "above 1: cheaper; pairs of seeds that both reached it, of all."
+NO_RATIO_NOTE = "no row: no pair of seeds reached it."
 
 
 def fit(text: str, max_chars: int = NAME_CHARS) -> str:
@@ -72,12 +76,12 @@ def limit_rows(records: Sequence[Any], *, name: str, max_rows: int = MAX_ROWS) -
     return records[-max_rows:], (f"The last {max_rows} of {len(records):,} {name}; --full shows all.",)
 
 
-def mark_best_held(name: str, is_best_held: bool) -> str:
+def mark_best_held(name: str, is_best_held: bool, *, max_chars: int = 16) -> str:
     """The name of a curve; with a star where it is that of the best policy held so far."""
-    return f"{fit(name, 16)}{' *' * is_best_held}"
+    return f"{fit(name, max_chars)}{' *' * is_best_held}"
 
 
-SHORT_CURVE = Column("method", lambda one: mark_best_held(one.method, one.curve == "best held"))
+SHORT_CURVE = Column("method", lambda one: mark_best_held(one.method, one.curve == "best held", max_chars=CURVE_CHARS))
 
 
 def name_column(heading: str, name: str | None = None, *, max_chars: int = NAME_CHARS) -> Column:
@@ -379,7 +383,7 @@ def short_no_trigger_tables(spans: Sequence[NonTriggerSpan]) -> tuple[Table, ...
 def short_summary_tables(methods: Sequence[MethodSummary]) -> tuple[Table, ...]:
     """Final accuracy and costs of each method."""
     columns = (
-        *(Column("method", lambda one: fit(one.method)), SEEDS),
+        *(Column("method", lambda one: fit(one.method, METHOD_CHARS)), SEEDS),
         Column("final accuracy", lambda one: _estimate(one.final_accuracy)),
         Column("tokens", lambda one: format_cost(one.mean_costs.get("tokens"))),
         Column("seconds", lambda one: format_cost(one.mean_costs.get("seconds"))),
@@ -392,7 +396,7 @@ def short_summary_tables(methods: Sequence[MethodSummary]) -> tuple[Table, ...]:
 def short_differences_tables(differences: Sequence[MethodDifference]) -> tuple[Table, ...]:
     """Final accuracy minus the baseline's."""
     columns = (
-        *(Column("method", lambda one: fit(one.method)), text_column("pairs", "num_pairs")),
+        *(Column("method", lambda one: fit(one.method, METHOD_CHARS)), text_column("pairs", "num_pairs")),
         Column("final accuracy", lambda one: _estimate(one.final_accuracy, sign="+")),
         Column("not lower", lambda one: f"{one.num_not_lower} of {one.num_pairs}" if one.num_pairs else "-"),
     )
@@ -400,7 +404,13 @@ def short_differences_tables(differences: Sequence[MethodDifference]) -> tuple[T
 
 
 def short_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Table, ...]:
-    """Step, tokens and seconds to each threshold."""
+    """Step, tokens and seconds to each threshold; the best policy held only where it is not the method's own."""
+
+    def outcome(one: MethodTimeToThreshold) -> tuple[int, Mapping[str, float]]:
+        return one.num_reached, {axis: cost for axis, cost in one.costs.items() if axis != "step"}
+
+    own = {(one.method, one.threshold): outcome(one) for one in found if one.curve == "own"}
+    found = [one for one in found if one.curve == "own" or outcome(one) != own.get((one.method, one.threshold))]
 
     def cost(one: MethodTimeToThreshold, axis: str) -> str:
         return f"{'>= ' * (one.is_censored and axis in one.costs)}{format_cost(one.costs.get(axis))}"
@@ -412,13 +422,21 @@ def short_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Tabl
     )
     notes = (
         *((">=: lower bound, as some seed did not reach it.",) * any(one.is_censored for one in found)),
-        *((BEST_POLICY_NOTE,) * any(one.curve == "best held" for one in found)),
+        *((OTHER_BEST_POLICY_NOTE,) * any(one.curve != "own" for one in found)),
     )
     return (build_table("Cost of reaching a held-out accuracy", found, columns, notes=notes, drops_empty=True),)
 
 
 def short_speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
-    """Ratios by step and by tokens, of the pairs of seeds that both reached the threshold."""
+    """Ratios by step and by tokens, of the pairs of seeds that both reached the threshold; no row without any, nor for
+    the best policy held where it is the method's own."""
+    own = {(one.method, one.threshold): one.ratio_if_reached.get("tokens") for one in found if one.curve == "own"}
+    known = [one for one in found if any(axis in one.ratio_if_reached for axis in RATIO_AXES)]
+    rows = [
+        one
+        for one in known
+        if one.curve == "own" or one.ratio_if_reached.get("tokens") != own.get((one.method, one.threshold))
+    ]
 
     def pairs(one: SpeedUp) -> str:
         ratio = one.ratio_if_reached.get("tokens")
@@ -433,8 +451,8 @@ def short_speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
         ),
     )
     title = f"Cost of {found[0].baseline} / cost of the method"
-    table = build_table(title, found, columns, notes=(RATIO_NOTE,), drops_empty=True)
-    return (table,) if len(table.header) > 3 else ()
+    notes = (RATIO_NOTE, *((NO_RATIO_NOTE,) * (len(known) < len(found))))
+    return (build_table(title, rows, columns, notes=notes, drops_empty=True),) if rows else ()
 
 
 def _estimate(one: Estimate | None, *, sign: str = "") -> str:

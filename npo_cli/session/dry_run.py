@@ -41,13 +41,21 @@ def dry_session(run: RunDir, recipe: Recipe, task: Task, policy: Policy) -> Iter
 
 
 def plan_steps(
-    recipe: Recipe, task: Task, *, branch: str, first: int, last: int, recorded: tuple[RunDir, str] | None = None
+    recipe: Recipe,
+    task: Task,
+    *,
+    branch: str,
+    first: int,
+    last: int,
+    fork_step: int = 0,
+    recorded: tuple[RunDir, str] | None = None,
 ) -> Iterator[PlannedWork]:
-    """Training from step `first` to `last` with its evaluations; `recorded` is a branch whose steps give estimates."""
+    """Training from step `first` to `last` with its evaluations, on a branch that was forked at `fork_step`.
+
+    `recorded` is a branch whose steps give estimates.
+    """
     steps, train, num_heldout = last - first + 1, recipe.train, len(task.heldout)
-    samples = 0 if train.objective == "sft" else steps * train.prompts_per_step * train.group_size
-    if recipe.sampling.dynamic:
-        samples *= recipe.sampling.max_gen_batches
+    samples = sum(count_step_samples(recipe, step, fork_step=fork_step) for step in range(first, last + 1))
     tokens, seconds = (None, None) if recorded is None or not samples else recorded_step(*recorded)
     yield PlannedWork(
         work=f"train {branch}",
@@ -69,6 +77,26 @@ def plan_steps(
             samples=count,
             max_tokens=count * recipe.sampling.max_new_tokens,
         )
+
+
+def count_step_samples(recipe: Recipe, step: int, *, fork_step: int) -> int:
+    """At most so many responses a step samples, without continuations of prefix slots."""
+    train, target, sampling = recipe.train, recipe.target, recipe.sampling
+    if train.objective == "sft":
+        return 0
+    start_step = fork_step if target.start_step is None else target.start_step
+    in_window = target.coefficient_at(step, start_step=start_step) is not None
+    per_prompt = (target.group_size if in_window else None) or train.group_size
+    if recipe.guide.source == "extrapolated" and recipe.extrapolation.mode == "inject":
+        per_prompt += recipe.extrapolation.samples_per_group
+    return train.prompts_per_step * per_prompt * (sampling.max_gen_batches if sampling.dynamic else 1)
+
+
+def plan_continuations(work: str, recipe: Recipe, *, num_steps: int, steps: str = "") -> PlannedWork:
+    """What the policy samples after the prefixes of a guide that it is given for `num_steps` steps."""
+    train, inject = recipe.train, recipe.guide.inject
+    samples = num_steps * train.prompts_per_step * inject.slots
+    return PlannedWork(work=work, steps=steps, samples=samples, max_tokens=samples * recipe.sampling.max_new_tokens)
 
 
 def plan_samples(

@@ -11,7 +11,7 @@ from npo_cli.guides.dense_target import open_teacher
 from npo_cli.guides.dry_run import plan_guide_cache, plan_scoring
 from npo_cli.guides.privileged import check_privileged_text
 from npo_cli.rollout.batch import check_sft_guide
-from npo_cli.session.dry_run import open_dry_session, plan_steps
+from npo_cli.session.dry_run import open_dry_session, plan_continuations, plan_steps
 from npo_cli.session.session import open_policy, open_task
 from npo_cli.storage.layout import RunDir, check_unused, open_run
 from npo_cli.storage.lineage import find_first_segment, list_branches
@@ -93,17 +93,18 @@ def plan_resume(
                 branch=start.branch,
                 first=first,
                 last=last,
+                fork_step=origin.fork_step,
                 recorded=(run, before or start.branch),
             )
             if guidance is not None:
                 name, end = start.segment.guide_cache, min(last, guidance.until_step)
-                train, inject = start.recipe.train, start.recipe.guide.inject
-                work = PlannedWork(work=f"inject guide {name}", steps=f"{first}-{end}", prompts=len(guidance.rollouts))
-                if inject.prefix.fraction:
-                    samples = (end - first + 1) * train.prompts_per_step * inject.slots
-                    max_tokens = samples * start.recipe.sampling.max_new_tokens
-                    work = replace(work, work=f"continue guide {name}", samples=samples, max_tokens=max_tokens)
-                yield work
+                steps, prompts = f"{first}-{end}", len(guidance.rollouts)
+                if start.recipe.guide.inject.prefix.fraction:
+                    work = f"continue guide {name}"
+                    continued = plan_continuations(work, start.recipe, num_steps=end - first + 1, steps=steps)
+                    yield replace(continued, prompts=prompts)
+                else:
+                    yield PlannedWork(work=f"inject guide {name}", steps=steps, prompts=prompts)
             yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
 
 

@@ -118,6 +118,22 @@ def test_dry_run_of_bench_counts_the_runs_that_are_left(tmp_path):
     assert grpo["max_tokens"] == grpo["samples"] * 18
 
 
+def test_dry_run_of_bench_counts_windows_fine_tuning_and_continued_prefixes(tmp_path):
+    """4 steps of 4 prompts in groups of 4. The scout has 2 steps; the replay runs from 2 to 6, the guide to 4."""
+    settings = (*SMALL, "train.num_steps=6", "guide.replay.at_step=2", "guide.replay.guide_step=4", "eval.every=6")
+    settings += ("autonpo.early.scout_steps=2", "autonpo.early.replay_steps=4")
+    args = ("bench", "micro", "--methods", "prefix,distill,sft-then-grpo", "--seeds", "2", "--out", tmp_path / "bench")
+    samples = {row["work"].partition("-")[2]: row["samples"] for row in dry(*args, *settings)}
+    group, steps_to_guide, steps_again = 4 * 4, 4, 4
+    assert samples["prefix: train 2 of 2 runs"] == 2 * (steps_to_guide + steps_again) * group
+    # Coverage 0.5: the guide is there for one of two steps, with one slot per prompt.
+    assert samples["prefix: continue prefixes"] == 2 * 1 * 4
+    # 15 steps from the fork on have two rollouts per prompt.
+    assert samples["distill: train 2 of 2 runs"] == 2 * (steps_to_guide * group + steps_again * 4 * 2)
+    # Fine-tuning for 2 steps samples nothing.
+    assert samples["sft-then-grpo: train 2 of 2 runs"] == 2 * (2 + 4) * group
+
+
 @pytest.mark.slow
 def test_dry_run_of_bench_counts_what_its_runs_then_do(tmp_path):
     """A scout of 2 steps, then 4 steps from step 0; the guide cache covers half of the 2 steps with the guide."""

@@ -15,7 +15,7 @@ import pytest
 
 from npo_cli.cli.bench import parse_grid, parse_seeds
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.experiments.bench import BenchSpec, run_bench
+from npo_cli.experiments.bench import BenchSpec, describe_replaced_settings, run_bench
 from npo_cli.experiments.compare import compare_runs
 from npo_cli.storage.bench_dir import hold_bench, load_bench_index
 from npo_cli.storage.cost_sums import learning_curve
@@ -42,6 +42,10 @@ def tuning_run(spec: BenchSpec, setting: str) -> Path:
 
 def logs(out: Path) -> str:
     return "".join(path.read_text() for path in sorted(out.rglob("log.txt")))
+
+
+def compare_bench(out: Path) -> list[object]:
+    return list(compare_runs([str(out)], thresholds=(), baseline=None, figure=None))
 
 
 def commands_in(out: Path) -> list[str]:
@@ -133,10 +137,17 @@ def check_last_hint(stderr: str) -> None:
 @pytest.mark.slow
 def test_bench_continues_after_a_failed_run_and_quotes_its_error(tmp_path):
     spec = bench_spec(tmp_path, methods=("luffy", "npo-early"), teacher="--source file:nowhere.jsonl")
+    found = []
     with pytest.raises(RunFailed, match=r"1 of 2 runs failed; the first: error: .*nowhere\.jsonl"):
-        list(run_bench(spec))
+        found.extend(run_bench(spec))
+    failed = tmp_path / "runs/matched-luffy/as-it-is/seed-0"
+    warnings = [one.message for one in found if isinstance(one, Notice) and one.level == "warning"]
+    assert [text.partition(" failed: ")[0] for text in warnings] == [str(failed)]
     assert commands_in(tmp_path / "runs/matched-npo-early") == ["train", "sample-guide", "resume"]
     assert (tmp_path / "runs/matched-npo-early/as-it-is/seed-0/done.json").exists()
+    # What is finished can be compared.
+    (method,) = (one for one in compare_bench(tmp_path) if isinstance(one, MethodSummary))
+    assert method.method == "matched-npo-early"
 
 
 @pytest.mark.slow
@@ -198,7 +209,7 @@ def test_bench_that_cannot_be_fair_is_refused_before_it_writes(tmp_path):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("autonpo", (), "and the run has only 4 steps"),
+        ("autonpo", (), "method autonpo: autonpo.* and the run has only 4 steps"),
         ("npo-late", ("guide.replay.at_step=1", "guide.replay.guide_step=4"), "needs a checkpoint of step 1 for"),
         ("npo-late", ("guide.replay.at_step=2", "guide.replay.guide_step=6"), "trains from step 0 to 6"),
         ("grpo", ("task.source=file", "task.path=nowhere.jsonl"), "nowhere"),
@@ -208,6 +219,13 @@ def test_bench_refuses_a_plan_that_cannot_work_before_it_writes(tmp_path, method
     with pytest.raises(NpoError, match=message):
         list(run_bench(bench_spec(tmp_path, methods=("grpo", method), settings=(*SETTINGS, *settings))))
     assert os.listdir(tmp_path) == []
+
+
+def test_bench_names_settings_that_replace_a_methods_own(tmp_path):
+    """With the groups of `grpo` the control of twice as many rollouts would be `grpo` again."""
+    spec = bench_spec(tmp_path, methods=("grpo", "grpo-2n"), grid=("train.lr=1e-4", "train.lr=3e-4"))
+    (notice,) = describe_replaced_settings(spec)
+    assert notice.message == "controls-grpo-2n: train.group_size=4 replaces the method's own 16"
 
 
 def test_grid_lists_alternatives_and_combines_options():

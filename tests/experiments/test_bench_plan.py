@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from npo_cli.errors import NpoError
 from npo_cli.experiments.bench_plan import BenchRun, build_commands, check_plan, find_remaining_command, list_spans
@@ -47,9 +48,10 @@ def test_bench_plan_with_periods_repeats_to_the_last_step(tmp_path):
     found = build_commands(bench_run(tmp_path, "controls/forward-probe", "train.num_steps=50"))
     assert as_typed(found, tmp_path)[0].endswith("--until 0")
     assert as_typed(found, tmp_path)[-2:] == [
-        "sample-guide RUN --at 40 --source self --steps 10 --name probe-40",
-        "resume RUN --at 40 --guide probe-40 --new-branch probe-40 --until 50",
+        "sample-guide RUN --branch probe-20 --at 40 --source self --steps 10 --name probe-40",
+        "resume RUN --branch probe-20 --at 40 --guide probe-40 --new-branch probe-40 --until 50",
     ]
+    assert "--branch main" in as_typed(found, tmp_path)[1]
     assert len(found) == 1 + 2 * 3
 
 
@@ -63,6 +65,16 @@ def test_bench_plan_refuses_missing_settings(tmp_path):
         build_commands(bench_run(tmp_path, "luffy"))
     with pytest.raises(NpoError, match=r"method npo-late needs guide.replay.guide_step"):
         build_commands(bench_run(tmp_path, "npo-late", "guide.replay.at_step=2"))
+
+
+def test_bench_plan_without_a_branch_is_about_main_as_the_commands_are(tmp_path):
+    """The branch `one` has step 20, `main` does not."""
+    method = tmp_path / "twice.yaml"
+    commands = ["train {recipe} {run} --method {method} --until 0"]
+    commands += ["resume {run} --at 0 --no-guide --new-branch one", "resume {run} --at 4 --no-guide --new-branch two"]
+    method.write_text(yaml.safe_dump({"method": {"name": "twice", "commands": commands}}))
+    with pytest.raises(NpoError, match=r"needs a checkpoint of step 4 .* branch main will have one .* up to 0 only"):
+        check_plan(bench_run(tmp_path, str(method)))
 
 
 def test_bench_plan_skips_done_commands_and_resumes_an_interrupted_one(scout, tmp_path):

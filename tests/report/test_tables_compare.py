@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from npo_cli.report.short_tables import short_speedup_tables, short_threshold_tables
 from npo_cli.report.tables_compare import (
     differences_tables,
     hysteresis_tables,
@@ -176,6 +177,38 @@ def test_time_to_threshold_table_has_best_held_rows_without_a_step():
         ("npo", "0.60", "1 of 2", ">= 30", ">= 90"),
         ("npo, best held", "0.60", "2 of 2", "-", "60"),
     ]
+
+
+def test_short_threshold_table_has_the_best_policy_held_where_it_is_not_the_methods_own():
+    own = MethodTimeToThreshold(
+        method="matched-distill-scout",
+        threshold=0.6,
+        num_runs=2,
+        num_reached=1,
+        costs={"step": 30.0, "tokens": 90.0},
+        restricted_means={},
+        horizons={},
+    )
+    same = replace(own, curve="best held", costs={"tokens": 90.0})
+    cheaper = replace(own, curve="best held", threshold=0.8, costs={"tokens": 60.0})
+    (table,) = short_threshold_tables([own, same, replace(own, threshold=0.8), cheaper])
+    assert [(row[0], row[1], row[-1]) for row in table.rows] == [
+        ("matched-distill-scout", "0.60", ">= 90"),
+        ("matched-distill-scout", "0.80", ">= 90"),
+        ("matched-distill-scout *", "0.80", ">= 60"),
+    ]
+
+
+def test_short_speedup_table_has_no_row_without_a_pair():
+    ratio = Estimate(value=2.0, low=1.0, high=4.0, num_used=2, num_total=2)
+    one = SpeedUp(
+        method="npo", baseline="grpo", threshold=0.6, ratio_if_reached={"tokens": ratio}, restricted_mean_ratio={}
+    )
+    never = replace(one, threshold=0.8, ratio_if_reached={})
+    (table,) = short_speedup_tables([one, replace(one, curve="best held"), never])
+    assert [(row[0], row[1], row[-1]) for row in table.rows] == [("npo", "0.60", "2.00 [1.00, 4.00]")]
+    assert table.notes[-1] == "no row: no pair of seeds reached it."
+    assert short_speedup_tables([never]) == ()
 
 
 def test_hysteresis_table_has_the_interval_or_the_bound():
