@@ -655,6 +655,7 @@ class Recipe(Settings):
             "guide.experience.replay_fraction": bool(self.guide.experience.replay_fraction),
             "guide.source=extrapolated": self.uses_extrapolation,
             "order.mistakes": bool(self.order.mistakes),
+            "order.review.fraction": bool(self.order.review.fraction),
         }
         for name, is_set in reasons.items():
             if is_set:
@@ -667,9 +668,15 @@ class Recipe(Settings):
             "sampling.dynamic=true, which samples until groups are mixed": self.sampling.dynamic,
             "guide.experience.replay_fraction, which chooses prompts itself": self.guide.experience.replay_fraction,
         }
-        for name, is_set in reasons.items():
-            if self.order.mistakes and is_set:
-                raise ValueError(f"order.mistakes={self.order.mistakes:g} is not available with {name}")
+        fractions = {"order.mistakes": self.order.mistakes, "order.review.fraction": self.order.review.fraction}
+        for key, fraction in fractions.items():
+            for name, is_set in reasons.items():
+                if fraction and is_set:
+                    raise ValueError(f"{key}={fraction:g} is not available with {name}")
+        if all(fractions.values()):
+            raise ValueError(
+                "order.mistakes and order.review.fraction both take the end of the batch: set one of them to 0"
+            )
         return self
 
     @property

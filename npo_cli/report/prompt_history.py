@@ -4,6 +4,7 @@ A report shows a few of them; the same run always shows the same ones.
 """
 
 from collections.abc import Container, Iterator, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 from npo_cli.registry import TASKS
@@ -132,12 +133,18 @@ def pick_evenly_spaced(some: Sequence[T]) -> list[T]:
 
 
 def prompt_outcomes_table(branch: str, marks: dict[str, list[GroupOutcome]]) -> Table:
-    """How many prompts were solved on-policy, and what followed where a guide was injected."""
+    """How many prompts were solved on-policy, how many all-correct ones were not all correct at the next visit, and
+    what followed where a guide was injected."""
     after = [_split_at_injection(some) for some in marks.values() if any(one.has_guide for one in some)]
     again = [later for _, later in after if later]
+    next_visits = [
+        following for some in marks.values() for one, following in pairwise(some) if one.num_correct == one.num_rollouts
+    ]
     rows = (
         ("visited", len(marks)),
         ("solved on-policy at some visit", sum(any(one.num_correct for one in m) for m in marks.values())),
+        ("visits after an all-correct one", len(next_visits)),
+        ("  not all correct any more", sum(one.num_correct < one.num_rollouts for one in next_visits)),
         ("a guide was injected", len(after)),
         (
             "  not solved on-policy before",

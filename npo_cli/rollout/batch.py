@@ -4,8 +4,8 @@ P prompts, G rollouts per prompt. A step that a killed process had already recor
 again.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol
 
@@ -15,17 +15,15 @@ from torch import Tensor
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.losses.advantages import group_advantages, overlong_penalty
-from npo_cli.rollout.mistakes import MistakeDraw, StandingMistakes
 from npo_cli.rollout.mixing import GuidesByPrompt, MixStrategy, make_mix_strategy
 from npo_cli.rollout.prefix import continue_prefixes
+from npo_cli.rollout.revisits import RevisitDraw, Revisits
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session, count_generated_tokens, sample_groups
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group, Prompt
 
-MISTAKES = "mistakes"
-"""In the sampling seeds of standing mistakes, in place of the epoch."""
 SampleMissing = Callable[[Sequence[Prompt]], None]
 
 
@@ -60,8 +58,8 @@ class BatchPlan:
 
     prompt_batches: tuple[PromptBatch, ...]
     position: int
-    mistakes: MistakeDraw | None = None
-    """Prompts that are standing mistakes; None where the step draws none."""
+    revisits: RevisitDraw | None = None
+    """Prompts that are not from the data order; None where the step draws none."""
 
 
 class OnlineGuide(Protocol):
@@ -104,8 +102,8 @@ class StepBatch:
     """Read back from the rollout log instead of sampled."""
     position: int
     """Position in the data order after this step."""
-    mistakes: MistakeDraw | None = None
-    """Prompts that were drawn as standing mistakes; None where the step draws none."""
+    order_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of revisited prompts; empty without."""
 
     @property
     def num_generated_tokens(self) -> int:
@@ -125,11 +123,11 @@ def build_batch(
     active_guide: ActiveGuide | None,
     batch_plan: BatchPlan | None = None,
     online_guide: OnlineGuide | None = None,
-    mistakes: StandingMistakes | None = None,
+    revisits: Revisits | None = None,
 ) -> StepBatch:
     """Read the step's batch back from the log, or sample it with the session's weights and record it.
 
-    `batch_plan` None: the next prompts of the data order, and of `mistakes`. `online_guide` takes the place of a guide
+    `batch_plan` None: the next prompts of the data order, and of `revisits`. `online_guide` takes the place of a guide
     cache.
     """
     batch = assemble_batch(
@@ -142,7 +140,7 @@ def build_batch(
         active_guide=active_guide,
         batch_plan=batch_plan,
         online_guide=online_guide,
-        mistakes=mistakes,
+        revisits=revisits,
     )
     record_batch(rollout_log, step, batch)
     return batch
@@ -166,12 +164,12 @@ def assemble_batch(
     active_guide: ActiveGuide | None,
     batch_plan: BatchPlan | None = None,
     online_guide: OnlineGuide | None = None,
-    mistakes: StandingMistakes | None = None,
+    revisits: Revisits | None = None,
 ) -> StepBatch:
     """Sample once, or with dynamic sampling until enough groups have signal after injection or the limit is reached.
 
     `recorded` groups of the step, if there are any, are taken instead of samples of the policy of `sampler_step`. The
-    groups are added to `mistakes`.
+    groups are added to `revisits`.
     """
     recipe = session.recipe
     num_groups = recipe.train.prompts_per_step
@@ -185,8 +183,8 @@ def assemble_batch(
     place = {"seed_name": seed_name, "step": step}
     draw = None
     while num_gen_batches < (recipe.sampling.max_gen_batches if recipe.sampling.dynamic else 1):
-        plan = batch_plan or plan_next_batch(session, **place, position=position, guides=guides, mistakes=mistakes)
-        num_gen_batches, position, draw = num_gen_batches + 1, plan.position, plan.mistakes
+        plan = batch_plan or plan_next_batch(session, **place, position=position, guides=guides, revisits=revisits)
+        num_gen_batches, position, draw = num_gen_batches + 1, plan.position, plan.revisits
         pairs = []
         for part in plan.prompt_batches:
             before, recorded = recorded[: len(part.prompts)], recorded[len(part.prompts) :]
@@ -202,8 +200,7 @@ def assemble_batch(
         selected += [entry for entry in entries if entry.has_signal] if recipe.sampling.dynamic else entries
         if len(selected) >= num_groups:
             break
-    if mistakes is not None:
-        mistakes.add_groups(on_policy)
+    order_metrics = {} if revisits is None else revisits.add_groups(step, on_policy, draw)
     return StepBatch(
         on_policy=tuple(on_policy),
         mixed=tuple(mixed),
@@ -211,7 +208,7 @@ def assemble_batch(
         num_gen_batches=num_gen_batches,
         is_recorded=is_recorded,
         position=position,
-        mistakes=draw,
+        order_metrics=order_metrics,
     )
 
 
@@ -263,10 +260,10 @@ def plan_next_batch(
     position: int,
     guides: GuidesByPrompt | None,
     group_size: int | None = None,
-    mistakes: StandingMistakes | None = None,
+    revisits: Revisits | None = None,
 ) -> BatchPlan:
-    """The next prompts of the data order, with `group_size` rollouts each (None: train.group_size); in the window of
-    `mistakes` the last of the batch are standing mistakes.
+    """The next prompts of the data order, with `group_size` rollouts each (None: train.group_size); the last of the
+    batch are the prompts that `revisits` draws.
 
     The data order stays where it is for them; it passes over a prompt that they hold already. Where there are too few,
     it fills the batch.
@@ -274,26 +271,26 @@ def plan_next_batch(
     train = session.recipe.train
     strategy = open_mix_strategy(session, seed_name=seed_name, step=step, group_size=group_size)
     count = train.prompts_per_step
-    num_mistakes = 0 if mistakes is None else mistakes.count_to_draw(step, num_prompts=count)
-    fresh, after = draw_from_order(session, position, count=count - num_mistakes)
+    num_revisits = 0 if revisits is None else revisits.count_to_draw(step, num_prompts=count)
+    fresh, after = draw_from_order(session, position, count=count - num_revisits)
     draw = None
-    if mistakes is not None and num_mistakes:
-        draw = mistakes.draw(
-            num_mistakes,
+    if revisits is not None and num_revisits:
+        draw = revisits.draw(
+            num_revisits,
             group_size=strategy.group_size,
-            seed=derive_seed(train.seed, MISTAKES, seed_name, step),
+            seed=derive_seed(train.seed, revisits.label, seed_name, step),
             exclude={prompt.prompt_id for _, prompt in fresh},
         )
-        drawn = draw.chances
-        if len(drawn) < num_mistakes:
+        drawn = draw.prompt_ids
+        if len(drawn) < num_revisits:
             fresh, after = draw_from_order(
                 session, position, count=count - len(drawn), skips=lambda prompt, _: prompt.prompt_id in drawn
             )
     batches = batches_by_epoch(fresh, guides=guides, strategy=strategy)
-    if draw is not None and draw.chances:
-        prompts = tuple(map(session.task.prompt, draw.chances))
-        batches.append(PromptBatch(prompts=prompts, seed_label=(MISTAKES,), guides=guides, strategy=strategy))
-    return BatchPlan(prompt_batches=tuple(batches), position=after, mistakes=draw)
+    if revisits is not None and draw is not None and draw.prompt_ids:
+        prompts = tuple(map(session.task.prompt, draw.prompt_ids))
+        batches.append(PromptBatch(prompts=prompts, seed_label=(revisits.label,), guides=guides, strategy=strategy))
+    return BatchPlan(prompt_batches=tuple(batches), position=after, revisits=draw)
 
 
 def draw_from_order(

@@ -6,10 +6,11 @@ follow from the rollouts on record, so a resumed branch reads them there, and no
 
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from npo_cli.config.order import OrderSettings
+from npo_cli.rollout.revisits import RevisitDraw
 from npo_cli.types.rollouts import Group, GroupOutcome
 
 
@@ -42,21 +43,13 @@ class PromptVisits:
     newest_accuracy: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MistakeDraw:
-    """What one step drew."""
-
-    chances: Mapping[str, float]
-    """Posterior chance of a partly solved group, by the id of each prompt drawn."""
-    num_standing: int
-    """Standing mistakes that there were."""
-
-
 class StandingMistakes:
     """The prompts of a branch whose newest group was at or below `threshold`.
 
     `outcomes`: the groups on record, oldest first. `fork_step`: the step that the branch starts from.
     """
+
+    label = "mistakes"
 
     def __init__(
         self, settings: OrderSettings, *, threshold: float, fork_step: int, outcomes: Iterable[GroupOutcome]
@@ -66,10 +59,16 @@ class StandingMistakes:
         for one in outcomes:
             self._add(one.prompt_id, num_correct=one.num_correct, num_rollouts=one.num_rollouts)
 
-    def add_groups(self, on_policy: Iterable[Group]) -> None:
-        """The groups of the next step, before injection."""
+    def add_groups(self, step: int, on_policy: Sequence[Group], draw: RevisitDraw | None) -> dict[str, float]:
+        """The groups of the next step. Its metrics: standing mistakes, prompts drawn from them, and how many of their
+        groups were forecast to be partly solved, and were; empty outside the window."""
         for group in on_policy:
             self._add(group.prompt.prompt_id, num_correct=group.num_correct, num_rollouts=len(group.rollouts))
+        if draw is None or not draw.prompt_ids:
+            return {} if draw is None else dict(draw.metrics)
+        drawn = [group for group in on_policy if group.prompt.prompt_id in draw.prompt_ids]
+        found = sum(0 < group.num_correct < len(group.rollouts) for group in drawn)
+        return {**draw.metrics, "order/partly_solved": float(found)}
 
     def _add(self, prompt_id: str, *, num_correct: int, num_rollouts: int) -> None:
         before, decay = self._visits.get(prompt_id), self.settings.visit_decay
@@ -83,45 +82,37 @@ class StandingMistakes:
         """Prompts of a step's batch that are to be standing mistakes; 0 outside the window."""
         return self.settings.count_mistakes(step, fork_step=self.fork_step, num_prompts=num_prompts)
 
-    def draw(self, count: int, *, group_size: int, seed: int, exclude: Collection[str]) -> MistakeDraw:
+    def compute_chances(self, group_size: int) -> dict[str, float]:
+        """Posterior chance of a partly solved group of each standing mistake, sorted by prompt id."""
+        standing = sorted(name for name, seen in self._visits.items() if seen.newest_accuracy <= self.threshold)
+        return {
+            name: compute_partly_solved_chance(seen.num_correct, seen.num_wrong, group_size=group_size)
+            for name in standing
+            for seen in [self._visits[name]]
+        }
+
+    def draw(self, count: int, *, group_size: int, seed: int, exclude: Collection[str]) -> RevisitDraw:
         """At most `count` standing mistakes, none of `exclude`, without replacement, the chance of each proportional to
         that of a partly solved group.
 
         The largest log(u) / weight are drawn, u uniform per prompt (Efraimidis and Spirakis 2006). Prompts are
         visited by id, so the draw is a function of the seed and the record.
         """
-        rng = random.Random(seed)
-        standing = sorted(name for name, seen in self._visits.items() if seen.newest_accuracy <= self.threshold)
-        waiting = []
-        for prompt_id in standing:
-            seen = self._visits[prompt_id]
-            chance = compute_partly_solved_chance(seen.num_correct, seen.num_wrong, group_size=group_size)
-            key = math.log(1 - rng.random()) / chance
-            if prompt_id not in exclude:
-                waiting.append((key, prompt_id, chance))
-        drawn = sorted(waiting, reverse=True)[:count]
-        return MistakeDraw(chances={prompt_id: chance for _, prompt_id, chance in drawn}, num_standing=len(standing))
+        rng, chances = random.Random(seed), self.compute_chances(group_size)
+        keys = {prompt_id: math.log(1 - rng.random()) / chance for prompt_id, chance in chances.items()}
+        waiting = [(key, prompt_id) for prompt_id, key in keys.items() if prompt_id not in exclude]
+        drawn = tuple(prompt_id for _, prompt_id in sorted(waiting, reverse=True)[:count])
+        metrics = {"order/standing": float(len(chances)), "order/mistakes": float(len(drawn))}
+        if drawn:
+            metrics["order/partly_solved_forecast"] = sum(chances[prompt_id] for prompt_id in drawn)
+        return RevisitDraw(prompt_ids=drawn, metrics=metrics)
 
-
-def mistake_metrics(draw: MistakeDraw | None, on_policy: Sequence[Group]) -> dict[str, float]:
-    """Standing mistakes, prompts drawn from them, and how many of their groups were forecast to be partly solved, and
-    were. Empty outside the window."""
-    if draw is None:
-        return {}
-    metrics = {"order/standing": float(draw.num_standing), "order/mistakes": float(len(draw.chances))}
-    if draw.chances:
-        drawn = [group for group in on_policy if group.prompt.prompt_id in draw.chances]
-        metrics["order/partly_solved_forecast"] = sum(draw.chances.values())
-        metrics["order/partly_solved"] = float(sum(0 < group.num_correct < len(group.rollouts) for group in drawn))
-    return metrics
-
-
-def describe_order(mistakes: StandingMistakes) -> str:
-    """One line: fraction, threshold and window."""
-    settings = mistakes.settings
-    start = mistakes.fork_step if settings.start_step is None else settings.start_step
-    last = "the end" if settings.num_steps is None else str(start + settings.num_steps)
-    return (
-        f"order: {settings.mistakes:.0%} of each batch from prompts with an accuracy <= {mistakes.threshold:g} when "
-        f"last seen, steps {start + 1} to {last}"
-    )
+    def describe(self) -> str:
+        """One line: fraction, threshold and window."""
+        settings = self.settings
+        start = self.fork_step if settings.start_step is None else settings.start_step
+        last = "the end" if settings.num_steps is None else str(start + settings.num_steps)
+        return (
+            f"order: {settings.mistakes:.0%} of each batch from prompts with an accuracy <= {self.threshold:g} when "
+            f"last seen, steps {start + 1} to {last}"
+        )

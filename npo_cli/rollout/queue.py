@@ -27,7 +27,7 @@ from npo_cli.rollout.batch import (
     record_batch,
     select_cached_guides,
 )
-from npo_cli.rollout.mistakes import StandingMistakes
+from npo_cli.rollout.revisits import Revisits
 from npo_cli.session.producer import QueueEngine
 from npo_cli.session.session import Session
 from npo_cli.storage.costs import append_cost
@@ -52,8 +52,8 @@ class QueuedBatch:
 class RolloutQueue:
     """Batches of the steps after `step`, in order. `close` drops what is still being sampled.
 
-    `last_step`: no batch is built for a later one. `position`: in the data order, of the first batch. `mistakes`: of
-    the steps up to `step`; each batch is built after the one before it, and so from the visits of every earlier step.
+    `last_step`: no batch is built for a later one. `position`: in the data order, of the first batch. `revisits`: of
+    the steps up to `step`; each batch is built after the one before it, and so from the groups of every earlier step.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class RolloutQueue:
         position: int,
         active_guide: ActiveGuide | None,
         choose_group_size: Callable[[int], int | None],
-        mistakes: StandingMistakes | None = None,
+        revisits: Revisits | None = None,
     ) -> None:
         """`choose_group_size`: rollouts per prompt of a step; None: train.group_size."""
         assert session.producer is not None, "train.staleness is above 0"
         self.session, self.log, self.branch, self.seed_name = session, log, branch, seed_name
         self.fork_step, self.last_step = fork_step, last_step
-        self.active_guide, self.mistakes = active_guide, mistakes
+        self.active_guide, self.revisits = active_guide, revisits
         self.choose_group_size = choose_group_size
         self.staleness = session.recipe.train.staleness
         self._engine = QueueEngine(session.producer, session.policy)
@@ -174,7 +174,7 @@ class RolloutQueue:
                             position=position,
                             guides=select_cached_guides(self.active_guide, batch.step),
                             group_size=group_size,
-                            mistakes=self.mistakes,
+                            revisits=self.revisits,
                         )
                     built = assemble_batch(
                         session,
@@ -184,7 +184,7 @@ class RolloutQueue:
                         sampler_step=batch.sampler_step,
                         position=position,
                         active_guide=self.active_guide,
-                        mistakes=self.mistakes,
+                        revisits=self.revisits,
                         batch_plan=batch_plan,
                     )
             except Exception as error:  # raised by the learner, who waits for it

@@ -34,11 +34,11 @@ from npo_cli.rollout.batch import (
     select_cached_guides,
     update_failed_prompt_pool,
 )
-from npo_cli.rollout.mistakes import StandingMistakes, mistake_metrics
 from npo_cli.rollout.mixing import count_injections
 from npo_cli.rollout.prefix import prefix_metrics
 from npo_cli.rollout.queue import RolloutQueue
 from npo_cli.rollout.replay_buffer import buffer_metrics, build_replay_batch, update_buffer
+from npo_cli.rollout.revisits import Revisits
 from npo_cli.session.session import Session, count_generated_tokens
 from npo_cli.session.startup import charge_startup, measure_startup
 from npo_cli.session.stop_signal import StopFlag
@@ -72,8 +72,8 @@ class Trainer:
     """Frozen base model; None if the loss has no KL term."""
     target: ActiveTarget | None = None
     """Dense target of the branch; None without a teacher."""
-    mistakes: StandingMistakes | None = None
-    """Which prompts come first; None: the data order alone."""
+    revisits: Revisits | None = None
+    """Draws prompts that are not from the data order; None: the data order alone."""
     online_guide: OnlineExtrapolation | None = None
     """Guide that is sampled while batches are built; None: a guide cache or none."""
 
@@ -163,7 +163,7 @@ def open_queue(trainer: Trainer, state: TrainerState, *, last_step: int) -> Iter
         position=state.position,
         active_guide=trainer.active_guide,
         choose_group_size=partial(choose_group_size, trainer.target),
-        mistakes=trainer.mistakes,
+        revisits=trainer.revisits,
     )
     with closing(queue):
         queue.fill(state.step)
@@ -201,7 +201,7 @@ def run_step(
     ended = time.perf_counter()
 
     metrics = compute_step_metrics(session, batch, update, step=step, lr=lr)
-    metrics |= mistake_metrics(batch.mistakes, batch.on_policy)
+    metrics |= batch.order_metrics
     metrics |= target_metrics(target, samples, update) | entropy_coefs
     if replay_buffer is not None:
         metrics |= buffer_metrics(replay_buffer)
@@ -308,7 +308,7 @@ def build_step_batch(
     group_size = choose_group_size(trainer.target, state.step + 1)
     if group_size is not None:
         guides = select_cached_guides(trainer.active_guide, state.step + 1)
-        batch_plan = plan_next_batch(session, **place, guides=guides, group_size=group_size, mistakes=trainer.mistakes)
+        batch_plan = plan_next_batch(session, **place, guides=guides, group_size=group_size, revisits=trainer.revisits)
     batch = build_batch(
         session,
         trainer.rollouts,
@@ -316,7 +316,7 @@ def build_step_batch(
         active_guide=trainer.active_guide,
         batch_plan=batch_plan,
         online_guide=online_guide,
-        mistakes=trainer.mistakes,
+        revisits=trainer.revisits,
     )
     if replay_buffer is not None:
         replay_buffer = update_buffer(session, batch, replay_buffer, sampler_step=state.step, position=state.position)

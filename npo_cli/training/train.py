@@ -20,7 +20,9 @@ from npo_cli.policy.model_folder import decide_chat
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.registry import TASKS
 from npo_cli.rollout.batch import ActiveGuide, check_sft_guide
-from npo_cli.rollout.mistakes import StandingMistakes, describe_order
+from npo_cli.rollout.mistakes import StandingMistakes
+from npo_cli.rollout.review import ReviewQueue
+from npo_cli.rollout.revisits import Revisits
 from npo_cli.session.distributed import shard_policy
 from npo_cli.session.session import Session, build_session, open_policy, open_task, record_code_permissions
 from npo_cli.session.startup import begin_session, charge_startup
@@ -189,8 +191,8 @@ def trainer_notices(trainer: Trainer) -> Iterator[Notice]:
     """What differs from GRPO in the data order."""
     if trainer.target is not None:
         yield Notice(message=describe_target(trainer.target))
-    if trainer.mistakes is not None:
-        yield Notice(message=describe_order(trainer.mistakes))
+    if trainer.revisits is not None:
+        yield Notice(message=trainer.revisits.describe())
 
 
 def open_trainer(
@@ -217,7 +219,7 @@ def open_trainer(
         active_guide=active_guide,
         reference=reference,
         target=open_target(session, fork_step),
-        mistakes=open_mistakes(session, branch, fork_step=fork_step, step=step),
+        revisits=open_revisits(session, branch, fork_step=fork_step, step=step),
         online_guide=open_online_guide(session, branch),
     )
 
@@ -229,16 +231,19 @@ def open_target(session: Session, fork_step: int) -> ActiveTarget | None:
     return ActiveTarget(settings=session.recipe.target, teacher=session.teacher, fork_step=fork_step)
 
 
-def open_mistakes(session: Session, branch: str, *, fork_step: int, step: int) -> StandingMistakes | None:
-    """The standing mistakes of a branch's record up to `step`, if they come first."""
+def open_revisits(session: Session, branch: str, *, fork_step: int, step: int) -> Revisits | None:
+    """Standing mistakes or the review queue, from a branch's record up to `step`; None without `order.*`."""
     order, gate = session.recipe.order, session.recipe.guide.inject.max_accuracy
+    outcomes = iter_outcomes(session.run, branch, last_step=step)
+    if order.review.fraction:
+        return ReviewQueue(order.review, seed=session.recipe.train.seed, outcomes=outcomes)
     if not order.mistakes:
         return None
     return StandingMistakes(
         order,
         threshold=gate if order.threshold is None else order.threshold,
         fork_step=fork_step,
-        outcomes=iter_outcomes(session.run, branch, last_step=step),
+        outcomes=outcomes,
     )
 
 

@@ -254,6 +254,8 @@ def test_fates_tell_what_followed_a_guide():
         "knew": [mark(1, right=1), mark(5, injected=True)],
         "never": [mark(1), mark(5, injected=True), mark(9)],
         "alone": [mark(1, right=1)],
+        "lost": [mark(1, right=8), mark(5, right=8), mark(9, right=7), mark(12, right=6)],
     }
     table = prompt_outcomes_table("late", marks)
-    assert [number for _, number in table.rows] == ["4", "3", "3", "2", "2", "1"]
+    # Of the two visits after an all-correct one the second was not all correct.
+    assert [number for _, number in table.rows] == ["5", "4", "2", "1", "3", "2", "2", "1"]

@@ -8,8 +8,9 @@ from scipy import stats
 
 from npo_cli.config.order import OrderSettings
 from npo_cli.errors import NpoError
-from npo_cli.rollout.mistakes import MistakeDraw, StandingMistakes, compute_partly_solved_chance, mistake_metrics
-from npo_cli.types.rollouts import Group, GroupOutcome, Prompt, Rollout
+from npo_cli.rollout.mistakes import StandingMistakes, compute_partly_solved_chance
+from npo_cli.types.rollouts import GroupOutcome
+from tests.helpers.groups import group
 from tests.helpers.runs import tiny_recipe
 
 
@@ -26,7 +27,7 @@ def open_mistakes(
 
 
 def draw_ids(mistakes: StandingMistakes, count: int, seed: int = 0, exclude: Sequence[str] = ()) -> list[str]:
-    return list(mistakes.draw(count, group_size=8, seed=seed, exclude=exclude).chances)
+    return list(mistakes.draw(count, group_size=8, seed=seed, exclude=exclude).prompt_ids)
 
 
 @pytest.mark.parametrize(("correct", "wrong", "size"), [(0, 0, 8), (0, 8, 8), (2, 6, 8), (3.5, 12.5, 4), (0, 0, 2)])
@@ -46,25 +47,22 @@ def test_partly_solved_chance_without_a_visit_and_after_eight_wrong():
 def test_older_visits_count_less():
     mistakes = open_mistakes(("a", 4), ("a", 0), ("a", 2), visit_decay=0.5)
     # correct 2 + .5 (0 + .5 * 4) = 3, wrong 6 + .5 (8 + .5 * 4) = 11
-    chance = mistakes.draw(1, group_size=8, seed=0, exclude=()).chances["a"]
-    assert chance == pytest.approx(compute_partly_solved_chance(3, 11, group_size=8))
+    assert mistakes.compute_chances(8)["a"] == pytest.approx(compute_partly_solved_chance(3, 11, group_size=8))
     newest = open_mistakes(("a", 4), ("a", 0), ("a", 2), visit_decay=0.0)
-    chance = newest.draw(1, group_size=8, seed=0, exclude=()).chances["a"]
-    assert chance == pytest.approx(compute_partly_solved_chance(2, 6, group_size=8))
+    assert newest.compute_chances(8)["a"] == pytest.approx(compute_partly_solved_chance(2, 6, group_size=8))
 
 
 def test_mistake_stands_while_the_newest_group_is_at_or_below_the_threshold():
     mistakes = open_mistakes(("at", 4), ("above", 5), ("cured", 0), ("cured", 8), ("forgotten", 8), ("forgotten", 1))
-    draw = mistakes.draw(9, group_size=8, seed=0, exclude=())
-    assert (set(draw.chances), draw.num_standing) == ({"at", "forgotten"}, 2)
-    mistakes.add_groups([group("above", 0), group("at", 8)])
+    assert set(draw_ids(mistakes, 9)) == {"at", "forgotten"}
+    mistakes.add_groups(7, [group("above", 0), group("at", 8)], None)
     assert set(draw_ids(mistakes, 9)) == {"above", "forgotten"}
 
 
 def test_draw_is_proportional_to_the_chance_of_a_partly_solved_group():
     """2000 single draws; 4 standard deviations."""
     mistakes = open_mistakes(("half", 4), ("rare", 0), ("never", 0), ("never", 0), ("never", 0), visit_decay=0.9)
-    chances = mistakes.draw(3, group_size=8, seed=0, exclude=()).chances
+    chances = mistakes.compute_chances(8)
     found = Counter(draw_ids(mistakes, 1, seed)[0] for seed in range(2000))
     for name, chance in chances.items():
         expected = chance / sum(chances.values())
@@ -89,37 +87,19 @@ def test_window_begins_at_the_fork_or_after_start_step():
     assert [later.count_to_draw(step, num_prompts=16) for step in (12, 13, 99)] == [0, 5, 5]
 
 
-def group(prompt_id: str, correct: int) -> Group:
-    rollouts = tuple(
-        Rollout(
-            prompt_id=prompt_id,
-            slot=slot,
-            response_ids=(1,),
-            behavior_logps=(-1.0,),
-            text="",
-            finished=True,
-            sampler_step=0,
-            verdict="correct" if slot < correct else "wrong",
-        )
-        for slot in range(8)
-    )
-    return Group(prompt=Prompt(prompt_id=prompt_id, answer="", text=""), rollouts=rollouts)
-
-
 def test_metrics_hold_forecast_and_found_partly_solved_groups():
-    draw = MistakeDraw(chances={"a": 0.25, "b": 0.5}, num_standing=7)
-    metrics = mistake_metrics(draw, [group("a", 0), group("b", 3), group("fresh", 3)])
-    assert metrics == {
-        "order/standing": 7,
+    mistakes = open_mistakes(("a", 0), ("b", 4), ("standing", 0), ("solved", 8))
+    draw = mistakes.draw(2, group_size=8, seed=0, exclude={"standing"})
+    forecast = mistakes.compute_chances(8)["a"] + mistakes.compute_chances(8)["b"]
+    assert mistakes.add_groups(5, [group("a", 0), group("b", 3), group("fresh", 3)], draw) == {
+        "order/standing": 3,
         "order/mistakes": 2,
-        "order/partly_solved_forecast": 0.75,
+        "order/partly_solved_forecast": pytest.approx(forecast),
         "order/partly_solved": 1,
     }
-    assert mistake_metrics(MistakeDraw(chances={}, num_standing=0), []) == {
-        "order/standing": 0,
-        "order/mistakes": 0,
-    }
-    assert mistake_metrics(None, []) == {}
+    none = open_mistakes(("solved", 8)).draw(2, group_size=8, seed=0, exclude=())
+    assert mistakes.add_groups(6, [], none) == {"order/standing": 0, "order/mistakes": 0}
+    assert mistakes.add_groups(7, [group("a", 0)], None) == {}
 
 
 @pytest.mark.parametrize(
