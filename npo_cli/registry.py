@@ -212,6 +212,7 @@ RUNGS = Registry(
         "mistakes": "npo_cli.autonpo.rungs:mistakes",
         "token_weight": "npo_cli.autonpo.rungs:token_weight",
         "guide": "npo_cli.autonpo.rungs:guide",
+        "scout": "npo_cli.autonpo.rungs:scout",
         "dense": "npo_cli.autonpo.rungs:dense",
         "rollback": "npo_cli.autonpo.rungs:rollback",
     },

@@ -49,6 +49,7 @@ from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Group, Progress, Rollout, Segment
 
 EARLY_GUIDE_NAME = "early"
+"""Of the guide cache of an early bootstrap and of its branch."""
 NUM_TEST_RESAMPLES = 2000
 
 ProbeRollouts = Mapping[str, tuple[Rollout, ...]]

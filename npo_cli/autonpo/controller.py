@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from npo_cli.config.autonpo import AutonpoSettings
+from npo_cli.config.autonpo import EARLY_RUNG, AutonpoSettings
 from npo_cli.registry import RUNGS
 from npo_cli.types.autonpo import (
     REJECTIONS,
@@ -28,6 +28,11 @@ TRAINING_PHASES: tuple[Phase, ...] = ("TRAIN", "WINDOW", "REPLAY", "COOLDOWN")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunBegun:
+    """Step 0 is saved, and an early bootstrap with a disposable scout is due (`is_early_scout_due`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepObserved:
     """A training step was executed, or found on record, and the trigger has read it."""
 
@@ -43,6 +48,19 @@ class RungForecasted:
     """A rung of the ladder that needs no probe was forecast."""
 
     forecast: RungForecast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoutTrained:
+    """The disposable scout of a rung has ended."""
+
+    scout: str
+    """Its branch."""
+    scout_step: int
+    """Its last step."""
+    num_steps: int
+    num_tokens: int
+    """Generated to train it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,8 +131,10 @@ class ReplayTested:
 
 
 ControllerEvent = (
-    StepObserved
+    RunBegun
+    | StepObserved
     | RungForecasted
+    | ScoutTrained
     | RungApplied
     | ProbeFinished
     | PrerequisiteMissing
@@ -130,6 +150,8 @@ def advance(
     """The next state and the transitions in order; most steps have none. The last transition holds that state."""
     run = _Advance(state, settings)
     match event:
+        case RunBegun():
+            run.start_early_scout()
         case StepObserved():
             run.observe_step(event)
         case ProbeFinished(result=result):
@@ -143,13 +165,16 @@ def advance(
         case RungForecasted(forecast=forecast):
             run.require_phase("FORECAST")
             if forecast.is_taken:
-                run.record("rung_chosen", asdict(forecast), phase="APPLY")
+                run.record("rung_chosen", asdict(forecast), phase="SCOUT" if trains_scout(forecast.rung) else "APPLY")
             else:
                 run.refuse_rung("rung_refused", asdict(forecast), has_evidence=forecast.value is not None)
+        case ScoutTrained():
+            run.require_phase("SCOUT")
+            run.record("scout_trained", asdict(event), phase="APPLY")
         case RungApplied():
             run.start_window(event)
         case PrerequisiteMissing():
-            run.require_phase("FORECAST", "PROBE", "APPLY", "GUIDE_GEN", "ROLLBACK", "ACCEPTANCE_TEST")
+            run.require_phase("FORECAST", "PROBE", "SCOUT", "APPLY", "GUIDE_GEN", "ROLLBACK", "ACCEPTANCE_TEST")
             run.start_cooldown("prerequisite_missing", asdict(event))
         case GuideBuilt():
             run.require_phase("GUIDE_GEN")
@@ -181,6 +206,17 @@ def is_effect_due(state: AutoNPOState, step: int) -> bool:
 def has_window(rung: str | None) -> bool:
     """Whether an intervention is a window of steps with other settings; the published one (None) is a replay."""
     return rung is not None and RUNGS.get(rung).has_window
+
+
+def trains_scout(rung: str) -> bool:
+    """Whether a rung trains a disposable scout before its window."""
+    return RUNGS.get(rung).trains_scout
+
+
+def is_early_scout_due(state: AutoNPOState, settings: AutonpoSettings) -> bool:
+    """Whether the run begins with a disposable scout: at step 0, before anything else."""
+    early = settings.early
+    return early.enabled and early.scout == "disposable" and state == AutoNPOState(branch=state.branch, step=0)
 
 
 def explain_no_trigger(state: AutoNPOState, reading: TriggerReading, settings: AutonpoSettings) -> str:
@@ -250,6 +286,11 @@ class _Advance:
 
     # The ladder
 
+    def start_early_scout(self) -> None:
+        assert is_early_scout_due(self.state, self.settings), "a run begins once"
+        evidence = {"rung": EARLY_RUNG, "scout_steps": self.settings.early.scout_steps}
+        self.record("early_bootstrap", evidence, phase="SCOUT", rung=EARLY_RUNG, is_early=True, has_tried_early=True)
+
     def climb(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
         """Consider the next rung that does not wait; after the last one a cooldown, until one may be considered."""
         ladder, rung, step = self.settings.ladder, self.state.rung, self.state.step
@@ -281,10 +322,11 @@ class _Advance:
 
     def start_window(self, event: RungApplied) -> None:
         self.require_phase("APPLY")
+        early = {"is_early": True} if self.state.is_early else {}
         assert event.to_step < event.until_step, "a window has at least one step"
         self.record(
             "rung_applied",
-            {"rung": self.state.rung, **asdict(event), "parent": self.state.branch},
+            {"rung": self.state.rung, **asdict(event), "parent": self.state.branch, **early},
             branch=event.branch,
             step=event.to_step,
             until_step=event.until_step,
@@ -340,7 +382,8 @@ class _Advance:
         early = self.settings.early
         # The bootstrap comes at the scout's last step on the first branch, which an intervention would have left.
         untouched = not self.state.has_tried_early and self.state.num_interventions == 0
-        if early.enabled and untouched and self.state.step == early.scout_steps:
+        is_run = early.enabled and early.scout == "run"
+        if is_run and untouched and self.state.step == early.scout_steps:
             distance = early.scout_steps
             changes = {"distance": distance, "is_early": True, "has_tried_early": True}
             self.leave_train("early_bootstrap", {"distance": distance}, phase="PROBE", **changes)

@@ -19,12 +19,15 @@ from npo_cli.autonpo.controller import (
     ProbeFinished,
     ReplayTested,
     RollbackDone,
+    RunBegun,
     RungApplied,
     RungForecasted,
+    ScoutTrained,
     StepObserved,
     advance,
     explain_no_trigger,
     has_window,
+    is_early_scout_due,
 )
 from npo_cli.autonpo.log_files import read_rows
 from npo_cli.autonpo.preflight import dump_autonpo_settings
@@ -140,6 +143,9 @@ def simulate_autonpo(record: RecordedRun) -> DryRun:
     evidence = {"simulated": True, "settings": dump_autonpo_settings(record.recipe)}
     started = Transition(step=max(0, state.step), event="started", phase_before="TRAIN", state=state, evidence=evidence)
     readings, transitions, reasons = [], [started], []
+    for assumed in assume_early_scout(record) if is_early_scout_due(state, settings) else ():
+        state, new = advance(state, assumed, settings)
+        transitions += [mark_assumed(transition, record) for transition in new]
     for signal in record.trigger_inputs:
         reading = trigger.observe(signal)
         readings.append(reading)
@@ -154,6 +160,20 @@ def simulate_autonpo(record: RecordedRun) -> DryRun:
             state, new = advance(state, assumed, settings)
             transitions += [mark_assumed(transition, record) for transition in new]
     return DryRun(readings=tuple(readings), transitions=tuple(transitions), reasons=tuple(reasons))
+
+
+def assume_early_scout(record: RecordedRun) -> Sequence[ControllerEvent]:
+    """The early bootstrap with a disposable scout."""
+    early = record.recipe.autonpo.early
+    applied = RungApplied(
+        branch=record.branch, to_step=0, until_step=early.replay_steps, settings=(), undo={}, guide=None
+    )
+    return RunBegun(), assume_scout(early.scout_steps, step=0), applied
+
+
+def assume_scout(num_steps: int, *, step: int) -> ScoutTrained:
+    """A scout that was trained to its end."""
+    return ScoutTrained(scout="assumed", scout_step=step + num_steps, num_steps=num_steps, num_tokens=0)
 
 
 def assume_rung(
@@ -174,6 +194,8 @@ def assume_rung(
             distance = None if is_used else distances[0]
             result = ProbeResult(is_accepted=not is_used, reason=reason, distance=distance, strata=(), scores=())
             return ProbeFinished(result=result)
+        case "SCOUT":
+            return assume_scout(record.recipe.autonpo.rungs.scout_steps, step=step)
         case "APPLY":
             to_step, length = step - (state.distance or 0), record.recipe.autonpo.rungs.num_steps
             until = to_step + min(length, state.distance or length)
@@ -224,6 +246,7 @@ def mark_assumed(transition: Transition, record: RecordedRun) -> Transition:
     evidence = {
         "rung_chosen": rung,
         "rung_refused": rung,
+        "scout_trained": {"num_steps": transition.evidence.get("num_steps")},
         "rung_applied": {**rung, **{name: transition.evidence.get(name) for name in ("to_step", "until_step")}},
         "probe_accepted": {"distance": transition.state.distance},
         "guide_built": {},

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from npo_cli.autonpo.controller import is_early_scout_due
 from npo_cli.autonpo.preflight import find_start, usable_distances, validate_autonpo_settings
 from npo_cli.autonpo.rungs import Rung, undo_rung
 from npo_cli.config.recipe import Recipe
@@ -12,6 +13,8 @@ from npo_cli.storage.layout import open_run
 from npo_cli.storage.lock import hold_unchanged
 from npo_cli.training.disk import plan_disk
 from npo_cli.training.dry_run import plan_training
+from npo_cli.training.train import MAIN
+from npo_cli.types.autonpo import AutoNPOState
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import PlannedWork
 
@@ -19,6 +22,7 @@ from npo_cli.types.views import PlannedWork
 def plan_autonpo_training(root: Path, recipe: Recipe) -> Iterator[PlannedWork | Notice]:
     """A new run under AutoNPO."""
     yield from plan_training(root, recipe, until=None, check=validate_autonpo_settings)
+    yield from plan_early_scout(AutoNPOState(branch=MAIN, step=0), recipe, mean_length=None)
     yield from plan_interventions(recipe, mean_length=None)
 
 
@@ -28,7 +32,7 @@ def plan_autonpo_resume(
     """A run that is continued, or forked, under AutoNPO."""
     run = open_run(root)
     with hold_unchanged(run):
-        start, _ = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
+        start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
         recipe = undo_rung(run, start.recipe, start.branch)
         with open_dry_session(run, recipe, checkpoint=start.checkpoint) as session:
             validate_autonpo_settings(recipe, len(session.task.train))
@@ -42,7 +46,16 @@ def plan_autonpo_resume(
                     start.recipe, session.task, branch=start.branch, first=first, last=last, recorded=recorded
                 )
                 yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
-            yield from plan_interventions(start.recipe, mean_length=recorded_length(*recorded))
+            mean_length = recorded_length(*recorded)
+            yield from plan_early_scout(state, recipe, mean_length=mean_length)
+            yield from plan_interventions(start.recipe, mean_length=mean_length)
+
+
+def plan_early_scout(state: AutoNPOState, recipe: Recipe, *, mean_length: float | None) -> Iterator[PlannedWork]:
+    """The disposable scout that a run begins with; nothing where it does not, or not any more."""
+    if is_early_scout_due(state, recipe.autonpo):
+        length = recipe.autonpo.early.scout_steps
+        yield plan_scout_samples("the early bootstrap: scout", recipe, num_steps=length, mean_length=mean_length)
 
 
 def plan_interventions(recipe: Recipe, *, mean_length: float | None) -> Iterator[PlannedWork | Notice]:
@@ -80,9 +93,12 @@ def plan_interventions(recipe: Recipe, *, mean_length: float | None) -> Iterator
 
 
 def plan_window(rung: Rung, recipe: Recipe, *, mean_length: float | None) -> PlannedWork:
-    """At most what the window of a rung adds: its guide, the steps that a rollback trains again, or nothing but the
-    steps that are trained anyway."""
+    """At most what the window of a rung adds: its guide, its scout, the steps that a rollback trains again, or nothing
+    but the steps that are trained anyway."""
     autonpo, train = recipe.autonpo, recipe.train
+    name = f"a window: {rung.name}"
+    if rung.trains_scout:
+        return plan_scout_samples(name, recipe, num_steps=autonpo.rungs.scout_steps, mean_length=mean_length)
     num_prompts = min(autonpo.rungs.num_steps, train.num_steps) * train.prompts_per_step
     samples = 0
     if rung.samples_guide:
@@ -90,9 +106,21 @@ def plan_window(rung: Rung, recipe: Recipe, *, mean_length: float | None) -> Pla
     elif rung.needs_probe:
         samples = autonpo.rungs.group_size
     return plan_samples(
-        f"a window: {rung.name}",
+        name,
         num_prompts=num_prompts if samples else 0,
         samples_per_prompt=samples,
+        recipe=recipe,
+        mean_length=mean_length,
+    )
+
+
+def plan_scout_samples(name: str, recipe: Recipe, *, num_steps: int, mean_length: float | None) -> PlannedWork:
+    """The rollouts of a disposable scout."""
+    scout = recipe.make_scout(num_steps=num_steps).train
+    return plan_samples(
+        name,
+        num_prompts=num_steps * scout.prompts_per_step,
+        samples_per_prompt=scout.group_size,
         recipe=recipe,
         mean_length=mean_length,
     )

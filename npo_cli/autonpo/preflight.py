@@ -5,6 +5,7 @@ from typing import Any
 
 from npo_cli.autonpo.rollback_choice import BIDIRECTIONAL_KINDS
 from npo_cli.autonpo.rungs import find_undo
+from npo_cli.config.autonpo import EARLY_RUNG
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.registry import RUNGS
@@ -167,9 +168,19 @@ def validate_ladder(recipe: Recipe) -> None:
 
 
 def validate_early(recipe: Recipe) -> None:
-    """The scout needs a checkpoint at its end, and at the end of the replay if the two are compared."""
+    """The run as a scout needs a checkpoint at its end, and at the end of the replay if the two are compared; a
+    disposable one a run that is longer than its window."""
     early, train = recipe.autonpo.early, recipe.train
     if not early.enabled:
+        return
+    if early.scout == "disposable":
+        RUNGS.get(EARLY_RUNG).check(recipe, is_early=True)
+        if early.replay_steps > train.num_steps:
+            raise NpoError(
+                f"autonpo.early.replay_steps is {early.replay_steps}, and the run has only {train.num_steps} steps "
+                "(train.num_steps)",
+                f"autonpo.early.replay_steps={train.num_steps} or less",
+            )
         return
     if early.scout_steps >= train.num_steps:
         raise NpoError(

@@ -9,6 +9,7 @@ weights as training with it, as long as the checkpoints it needs are still there
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +19,24 @@ from npo_cli.autonpo.actions import (
     perform_probe,
     perform_rollback,
 )
-from npo_cli.autonpo.controller import TRAINING_PHASES, ControllerEvent, StepObserved, advance, is_effect_due
+from npo_cli.autonpo.controller import (
+    TRAINING_PHASES,
+    ControllerEvent,
+    PrerequisiteMissing,
+    RunBegun,
+    StepObserved,
+    advance,
+    is_early_scout_due,
+    is_effect_due,
+)
 from npo_cli.autonpo.preflight import dump_autonpo_settings, find_start, usable_distances, validate_autonpo_settings
-from npo_cli.autonpo.rung_actions import enter_window, perform_apply, perform_forecast
+from npo_cli.autonpo.rung_actions import describe_scout, enter_window, perform_apply, perform_forecast, plan_scout
 from npo_cli.autonpo.rung_effect import measure_rung
 from npo_cli.autonpo.rungs import undo_rung
 from npo_cli.autonpo.signals import parse_trigger_input, read_trigger_inputs
 from npo_cli.autonpo.trigger import Trigger, TriggerInput, is_finite
 from npo_cli.config.recipe import Recipe
-from npo_cli.errors import StoppedEarly, quote_path
+from npo_cli.errors import NpoError, StoppedEarly, quote_path
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.report.tables_autonpo import describe_transition
 from npo_cli.rollout.batch import ActiveGuide
@@ -41,9 +51,11 @@ from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import append_event
+from npo_cli.storage.scouts import drop_used_scouts
 from npo_cli.training.loop import grpo_steps
 from npo_cli.training.merge import save_merged_start
 from npo_cli.training.resume import damage_warnings, load_first_state, open_active_guide, record_start
+from npo_cli.training.scout import train_scout
 from npo_cli.training.start_point import ResumePoint, find_resume_point
 from npo_cli.training.train import (
     MAIN,
@@ -65,7 +77,7 @@ ACTIONS = {
     "ROLLBACK": perform_rollback,
     "ACCEPTANCE_TEST": perform_acceptance_test,
 }
-"""What the driver does in each phase that executes no training steps."""
+"""What the driver does in each phase that executes no training steps; in SCOUT it trains another branch."""
 
 DriverRecord = Transition | Progress | RunCosts | TrainingRecord
 
@@ -85,6 +97,7 @@ def resume_autonpo(
     """Continue a run under AutoNPO from its newest transition, from its first step, or from `at` on a new branch."""
     run = open_run(root)
     with lock_run(run), stop_between_steps(stop) as stop:
+        drop_used_scouts(run)  # a kill may have come before it
         start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
         recipe = undo_rung(run, start.recipe, start.branch)
         with open_session(run, recipe, checkpoint=start.checkpoint, trains=True) as session:
@@ -115,7 +128,8 @@ def run_autonpo(session: Session, state: AutoNPOState, *, stop: StopFlag, reads_
     state = yield from log_settings(session, state)
     if reads_log and list_ancestry_checkpoints(session.run, state.branch):
         newest = find_resume_checkpoint(session.run, state.branch).step
-        if newest > state.step and state.phase in TRAINING_PHASES:
+        is_read = not is_early_scout_due(state, session.recipe.autonpo)
+        if is_read and newest > state.step and state.phase in TRAINING_PHASES:
             yield Notice(message=f"reading the recorded steps {state.step + 1}-{newest} of {state.branch}")
     driver = AutoNPODriver(session, state, stop=stop)
     yield from (Notice(message=warning, level="warning") for warning in driver.missing_inputs())
@@ -178,7 +192,14 @@ class AutoNPODriver:
 
     def run_loop(self) -> Iterator[DriverRecord]:
         """Train, probe, build guides, roll back and replay until the last step is done."""
+        if is_early_scout_due(self.state, self.recipe.autonpo):
+            yield from self.save_first_step()
+            self.apply(RunBegun())
+            yield from self.save_transitions()
         while not self.is_finished:
+            if self.state.phase == "SCOUT":
+                yield from self.scout_phase()
+                continue
             action = ACTIONS.get(self.state.phase)
             if action is None:
                 yield from self.train_phase()
@@ -262,6 +283,34 @@ class AutoNPODriver:
             yield transition
             yield Notice(message=describe_transition(transition))
 
+    def save_first_step(self) -> Iterator[DriverRecord]:
+        """Step 0, from which the scout and its learner are forked; nothing where it is saved."""
+        if not list_ancestry_checkpoints(self.run, self.state.branch):
+            start = find_resume_point(self.run, self.state.branch, ())
+            yield from load_first_state(
+                self.session, build_optimizer(self.session.policy.model, self.recipe.train), start
+            )
+
+    def scout_phase(self) -> Iterator[DriverRecord]:
+        """Train the scout of the rung, or what is left of it."""
+        try:
+            scout = plan_scout(self.session, self.state)
+        except NpoError as error:
+            self.apply(PrerequisiteMissing(reason=error.message))
+        else:
+            with self.named_in_stops():
+                yield from train_scout(self.session, scout, self.stop)
+            self.apply(describe_scout(self.session, scout.name))
+        yield from self.save_transitions()
+
+    @contextmanager
+    def named_in_stops(self) -> Iterator[None]:
+        """Training that is stopped in the block is resumed with --autonpo."""
+        try:
+            yield
+        except StoppedEarly as stopped:
+            raise StoppedEarly(stopped.message, f"npo resume {quote_path(self.run.root)} --autonpo") from stopped
+
     def train_phase(self) -> Iterator[DriverRecord]:
         """Read what is recorded up to the newest full checkpoint, then train, until an action is due."""
         branch = self.state.branch
@@ -319,10 +368,8 @@ class AutoNPODriver:
             stops = replay_done and self.recipe.autonpo.replay.after == "stop"
             return stops or self.state.phase not in TRAINING_PHASES
 
-        try:
+        with self.named_in_stops():
             for record in grpo_steps(trainer, state, self.stop, should_pause=observe):
                 yield from self.save_transitions()
                 yield record
             yield from self.save_transitions()
-        except StoppedEarly as stopped:
-            raise StoppedEarly(stopped.message, f"npo resume {quote_path(self.run.root)} --autonpo") from stopped

@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from npo_cli.autonpo.signals import MetricsRow, read_line_metrics
-from npo_cli.storage.costs import read_cost_lines
+from npo_cli.storage.costs import read_cost_lines, relative_artifact
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_first_segment
+from npo_cli.storage.lineage import find_first_segment, is_scout
 from npo_cli.types.autonpo import RungEffect, RungForecast, Transition
 
 UNTRIED_VALUE = 1.0
@@ -59,9 +59,9 @@ def measure_rung(
 ) -> RungEffect | None:
     """The effect of the intervention made last, whose cooldown ends at step `last`; None if too little is on record.
 
-    x is what was executed since the trigger, in steps of the time before it: the window and its guides and probe by
-    their tokens, then one per step. So a rollback is measured at equal cost too. The trend is fitted to as many steps
-    before the trigger as were executed since.
+    x is what was executed since the trigger, in steps of the time before it: the window and its guides, scout and
+    probe by their tokens, then one per step. So a rollback is measured at equal cost too. The trend is
+    fitted to as many steps before the trigger as were executed since.
     """
     applied = [one for one in transitions if one.event in ("rung_applied", "rolled_back")][-1]
     start, end, parent = applied.evidence["to_step"], applied.evidence["until_step"], applied.evidence["parent"]
@@ -122,15 +122,19 @@ def estimate_rate(accuracies: Sequence[float], num: int, *, rollouts_per_step: i
 
 
 def count_other_tokens(run: RunDir, applied: Transition) -> int:
-    """Tokens of the probe at the trigger, and of the guide cache of the branch; a piece made again counts once."""
-    guide = find_first_segment(run, applied.state.branch).guide_cache
-    folder = None if guide is None else run.guide_folder(guide).relative_to(run.root).as_posix()
+    """Tokens of the probe at the trigger, and of the guide cache and the scout of the branch; a piece made again counts
+    once."""
+    first = find_first_segment(run, applied.state.branch)
+    folder = None if first.guide_cache is None else relative_artifact(run, run.guide_folder(first.guide_cache))
+    teacher = None if first.teacher is None else first.teacher[0]
+    scout = teacher if teacher is not None and is_scout(run, teacher) else None
     place = (applied.evidence["parent"], applied.step)
     found = {
         line.key: line.tokens
         for line in read_cost_lines(run)
         if (line.kind == "probe" and (line.branch, line.step) == place)
         or (line.kind == "guide_cache" and line.artifact == folder)
+        or (line.kind == "train" and line.branch == scout)
     }
     return sum(found.values())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from npo_cli.autonpo.signals import read_trigger_inputs
 from npo_cli.autonpo.trigger import Trigger
-from npo_cli.config.autonpo import RungSettings
+from npo_cli.config.autonpo import EARLY_RUNG, RungSettings
 from npo_cli.config.loading import apply_overrides, recipe_from_dict, recipe_to_dict, replace_values
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
@@ -25,6 +25,7 @@ from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import find_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.layout import FIRST_BRANCH, RunDir
 from npo_cli.types.autonpo import Transition
+from npo_cli.types.guides import SCOUT_SOURCE
 
 ANY_TEACHER = "base"
 """Stands for the teacher where only the settings are checked."""
@@ -44,6 +45,10 @@ class RungPlace:
     """The newest of the branch, which has a checkpoint."""
     distance: int = 0
     """Steps that the window begins before it."""
+    is_early: bool = False
+    """The rung is the early bootstrap."""
+    scout: str | None = None
+    """Disposable scout that was trained for the rung; None before."""
 
     @property
     def fork_step(self) -> int:
@@ -53,8 +58,15 @@ class RungPlace:
     @property
     def num_steps(self) -> int:
         """Length of the window."""
-        wanted = self.recipe.autonpo.rungs.num_steps
+        autonpo = self.recipe.autonpo
+        wanted = autonpo.early.replay_steps if self.is_early else autonpo.rungs.num_steps
         return min(wanted, self.distance) if self.distance else wanted
+
+    @property
+    def scout_steps(self) -> int:
+        """Length of the scout that a rung trains from here."""
+        autonpo = self.recipe.autonpo
+        return autonpo.early.scout_steps if self.is_early else autonpo.rungs.scout_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,22 +82,26 @@ class Rung:
     """SPEC of the teacher of its dense target; raises NpoError where there is none. None: it has no dense target."""
     samples_guide: bool = False
     """Whether autonpo.rungs.guide is sampled in the window, into a lazy guide cache."""
+    trains_scout: bool = False
+    """Whether a disposable scout is trained before the window (`RungPlace.scout`)."""
     needs_probe: bool = False
     """Whether a probe of failed prompts decides about it, and how far it rolls back."""
     has_window: bool = True
     """False: the published rollback, a replay with a guide cache that is sampled before."""
 
-    def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe in which it could never be applied, or whose own setting it would switch off."""
+    def check(self, recipe: Recipe, *, is_early: bool = False) -> None:
+        """Refuse a recipe in which it could never be applied, or whose own setting it would switch off. `is_early`: as
+        the early bootstrap."""
         rungs = recipe.autonpo.rungs
+        where = "autonpo.early.scout is disposable" if is_early else f"autonpo.ladder has {self.name}"
+        without = "autonpo.early.scout=run" if is_early else f"a ladder without {self.name}"
         if self.off is not None:
             section, _, name = self.off[0].partition(".")
             value = getattr(getattr(recipe, section), name)
             if value != self.off[1]:
                 raise NpoError(
-                    f"autonpo.ladder has {self.name}, which switches {self.off[0]} on for a window, but it is {value} "
-                    "already",
-                    f"{self.off[0]}={self.off[1]}, or a ladder without {self.name}",
+                    f"{where}, which switches {self.off[0]} on for a window, but it is {value} already",
+                    f"{self.off[0]}={self.off[1]}, or {without}",
                 )
         teacher = rungs.teacher if self.choose_teacher is choose_best_checkpoint else None
         if self.samples_guide:
@@ -93,16 +109,16 @@ class Rung:
             if recipe.train.staleness:
                 raise NpoError(
                     "a guide that is sampled while training is not available with train.staleness above 0",
-                    f"train.staleness=0, or a ladder without {self.name}",
+                    f"train.staleness=0, or {without}",
                 )
+        if self.trains_scout:
+            check_scout_available(recipe, where=where, without=without)
         try:
             window = self.make_window_recipe(recipe, ANY_TEACHER if teacher is None else teacher)
             if teacher is not None:
                 check_outside_source(teacher, window)
         except NpoError as error:
-            raise NpoError(
-                f"autonpo.ladder has {self.name}: {error.message}", f"a ladder without {self.name}"
-            ) from error
+            raise NpoError(f"{where}: {error.message}", without) from error
 
     def make_window_recipe(self, recipe: Recipe, teacher: str = ANY_TEACHER) -> Recipe:
         """The recipe of a window."""
@@ -133,11 +149,22 @@ class RungPlan:
     """SPEC of the guide source."""
 
 
+def check_steps_left(rung: Rung, place: RungPlace) -> None:
+    """Refuse a window that would have no step; and one that the run ends in, where a scout is to be trained for it."""
+    left = place.recipe.train.num_steps - place.fork_step
+    if left <= 0:
+        raise NpoError(f"step {place.fork_step} is the last one", "more train.num_steps")
+    if rung.trains_scout and left < place.num_steps:
+        raise NpoError(
+            f"{left} of the {place.num_steps} steps of a window are left, too few to train a scout for",
+            "more train.num_steps",
+        )
+
+
 def plan_rung(name: str, place: RungPlace) -> RungPlan:
     """What a rung does at a place; an NpoError says why it is not available there."""
     rung: Rung = RUNGS.get(name)
-    if place.fork_step >= place.recipe.train.num_steps:
-        raise NpoError(f"step {place.fork_step} is the last one", "more train.num_steps")
+    check_steps_left(rung, place)
     rungs, teacher = place.recipe.autonpo.rungs, ""
     if rung.choose_teacher is not None:
         teacher = make_teacher_absolute(rung.choose_teacher(place))
@@ -153,10 +180,34 @@ def plan_rung(name: str, place: RungPlace) -> RungPlan:
     return RungPlan(settings=settings, recipe=recipe, teacher=checkpoint, guide=source)
 
 
+def check_scout_available(recipe: Recipe, *, where: str, without: str) -> None:
+    """Refuse a recipe whose scouts are not trained in the session of a run under AutoNPO, or not at all."""
+    if recipe.train.staleness:
+        raise NpoError(
+            f"{where}, whose scout is not available with train.staleness above 0", f"train.staleness=0, or {without}"
+        )
+    if recipe.scout.lora.rank is not None:
+        raise NpoError(
+            f"{where}, whose scout trains the run's own model: scout.lora.rank is not available",
+            f"scout.lora.rank=null, or {without}",
+        )
+    try:
+        recipe.make_scout(num_steps=recipe.train.num_steps)
+    except ValueError as error:
+        raise NpoError(f"{where}: {error}", without) from error
+
+
+def list_rungs(recipe: Recipe) -> list[Rung]:
+    """The rungs that AutoNPO may apply, cheapest first, that of the early bootstrap before them."""
+    early = recipe.autonpo.early
+    first = (EARLY_RUNG,) if early.enabled and early.scout == "disposable" else ()
+    return [RUNGS.get(name) for name in dict.fromkeys((*first, *recipe.autonpo.ladder))]
+
+
 def find_largest_window(recipe: Recipe) -> Recipe:
     """The recipe of the window that takes the most memory, that of the last rung with a teacher; the recipe itself
     where no rung has one."""
-    rungs: list[Rung] = [RUNGS.get(name) for name in recipe.autonpo.ladder]
+    rungs = list_rungs(recipe)
     last = next((rung for rung in reversed(rungs) if rung.choose_teacher is not None), None)
     return recipe if last is None else last.make_window_recipe(recipe)
 
@@ -214,11 +265,24 @@ def choose_newest_checkpoint(place: RungPlace) -> str:
     return f"checkpoint:{place.step}"
 
 
+def choose_trained_scout(place: RungPlace) -> str:
+    """The scout that was trained for the window."""
+    assert place.scout is not None, "the scout is trained before the window is planned"
+    return f"{SCOUT_SOURCE}:{place.scout}"
+
+
 mistakes = Rung(name="mistakes", off=("order.mistakes", 0.0), settings=draw_mistakes)
 token_weight = Rung(
     name="token_weight", off=("target.kind", "none"), settings=weigh_tokens, choose_teacher=choose_best_checkpoint
 )
 guide = Rung(name="guide", off=("guide.source", "cache"), samples_guide=True)
+scout = Rung(
+    name="scout",
+    off=("target.kind", "none"),
+    settings=distill,
+    choose_teacher=choose_trained_scout,
+    trains_scout=True,
+)
 dense = Rung(
     name="dense",
     off=("target.kind", "none"),

@@ -13,6 +13,8 @@ from npo_cli.registry import RUNGS
 
 PUBLISHED_LADDER = ("rollback",)
 """AutoNPO as published: one intervention, the rollback."""
+EARLY_RUNG = "scout"
+"""The rung that an early bootstrap with a disposable scout is, in the ladder or not."""
 
 
 class TriggerSettings(Settings):
@@ -149,8 +151,18 @@ class EarlySettings(Settings):
     model_config = ConfigDict(json_schema_extra=FREE)
 
     enabled: bool = Field(False, description="Start AutoNPO with an early bootstrap.")
+    scout: Literal["run", "disposable"] = Field(
+        "run",
+        description="The scout: the first steps of the `run` itself, whose responses are injected after a restart from "
+        "step 0 (as published); or a `disposable` one with the recipe's scout.*, trained before the first step, which "
+        "is the teacher of a dense target (rung `scout` at step 0).",
+    )
     scout_steps: Count = Field(20, description="Training steps of the scout.")
-    replay_steps: Count = Field(20, description="Steps after the restart in which the scout's responses are injected.")
+    replay_steps: Count = Field(
+        20,
+        description="Steps from step 0 in which the run learns from the scout: its responses are injected, or (scout "
+        "`disposable`) it is the teacher.",
+    )
 
 
 class RungSettings(Settings):
@@ -161,7 +173,7 @@ class RungSettings(Settings):
     num_steps: Count = Field(
         20,
         description="Length of a window in steps; of `dense` at most the distance of its rollback.",
-        json_schema_extra=applies_when({"autonpo.ladder": ["mistakes", "token_weight", "guide", "dense"]}),
+        json_schema_extra=applies_when({"autonpo.ladder": ["mistakes", "token_weight", "guide", "scout", "dense"]}),
     )
     mistakes: float = Field(
         0.5,
@@ -182,11 +194,15 @@ class RungSettings(Settings):
         "guide.inject.max_accuracy.",
         json_schema_extra=applies_when({"autonpo.ladder": ["guide"]}),
     )
+    scout_steps: Count = Field(
+        20,
+        description="scout: training steps of the disposable scout; its other settings are scout.*.",
+        json_schema_extra=applies_when({"autonpo.ladder": ["scout"]}),
+    )
     group_size: int = Field(
         2,
         ge=2,
-        description="dense: rollouts per prompt in the window.",
-        json_schema_extra=applies_when({"autonpo.ladder": ["dense"]}),
+        description="scout (also of an early bootstrap) and dense: rollouts per prompt in the window.",
     )
 
 
@@ -204,7 +220,8 @@ class AutonpoSettings(Settings):
         PUBLISHED_LADDER,
         description="Interventions that a trigger may lead to, cheapest first; the first forecast to pay is made: "
         "`mistakes` (mistakes first), `token_weight` (token weights from a better checkpoint), `guide` (guides without "
-        "a rollback), `dense` (short rollback, dense target), `rollback` (as published); or one from a plug-in.",
+        "a rollback), `scout` (dense target from a disposable scout), `dense` (short rollback, dense target), "
+        "`rollback` (as published); or one from a plug-in.",
         json_schema_extra=FREE,
     )
     rungs: RungSettings = RungSettings()

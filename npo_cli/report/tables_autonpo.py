@@ -37,7 +37,8 @@ def describe_reason(transition: Transition) -> str:
     """What the transition rests on; empty if its name says it all."""
     evidence = transition.evidence
     if evidence.get("assumed"):
-        return " ".join(filter(None, ("assumed:" if "rung" in evidence else "assumed", evidence.get("rung"))))
+        what = f"{evidence['num_steps']} steps" if "num_steps" in evidence else evidence.get("rung")
+        return f"assumed: {what}" if what else "assumed"
     match transition.event:
         case "warning" | "trigger" | "recovered" | "limit_reached":
             return _describe_signals(evidence)
@@ -72,6 +73,10 @@ def _describe_rung(transition: Transition) -> str:
     match transition.event:
         case "rung_refused" | "rung_chosen" | "window_done":
             return ": ".join(filter(None, (evidence.get("rung"), _describe_forecast(evidence))))
+        case "early_bootstrap" if evidence.get("rung"):
+            return f"{evidence['rung']} of {evidence['scout_steps']} steps from step {transition.step}"
+        case "scout_trained":
+            return f"{evidence['scout']}, {evidence['num_steps']} steps, {format_count(evidence['num_tokens'])} tokens"
         case "rung_applied":
             to_step, until = evidence["to_step"], evidence["until_step"]
             back = f", back to step {to_step}" if to_step < transition.step else ""
@@ -401,6 +406,7 @@ def account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
             )
             * any(one.unused_guides for one in accounts)
         ),
+        *((("scout tokens", lambda one: format_count(one.scout_tokens)),) * any(one.scout_tokens for one in accounts)),
         ("abandoned tokens", lambda one: format_count(one.abandoned_tokens)),
         ("all tokens", lambda one: format_count(one.tokens)),
         *(

@@ -398,7 +398,9 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
         guide_tokens=sum(table.kinds.get(kind, ZERO_COST).tokens for kind in ("guide_cache", "score")),
         acceptance_test_tokens=table.kinds.get("acceptance_test", ZERO_COST).tokens,
         calibration_tokens=table.kinds.get("calibration", ZERO_COST).tokens,
-        abandoned_tokens=sum(part.tokens for part in training[1:]) + table.kinds.get("ahead", ZERO_COST).tokens,
+        scout_tokens=training.scouts.tokens,
+        abandoned_tokens=sum(part.tokens for part in (training.rolled_back, training.abandoned))
+        + table.kinds.get("ahead", ZERO_COST).tokens,
         seconds=sum(cost.seconds for cost in counted),
         unused_guides=tuple(unused),
         unused_guide_tokens=sum(cost.tokens for cost in unused.values()),

@@ -1,6 +1,6 @@
 """Where a disposable scout starts and with which recipe, or where it is resumed: found out without a model."""
 
-from npo_cli.config.loading import diff_recipes, override_saved_recipe, recipe_from_dict
+from npo_cli.config.loading import diff_recipes, override_saved_recipe, recipe_from_dict, replace_values
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.checkpoints import find_checkpoint
@@ -36,7 +36,7 @@ def choose_scout(run: RunDir, scout: ScoutRequest) -> ResumePoint | None:
 def make_scout_recipe(run: RunDir, scout: ScoutRequest) -> Recipe:
     """The recipe of a scout; settings that say nothing about one are refused."""
     refuse_scout(run, scout.branch, "is not scouted from")
-    saved, path = run.read_recipe(scout.branch), run.recipe_path(scout.branch)
+    saved, path = replace_values(run.read_recipe(scout.branch), scout.undo), run.recipe_path(scout.branch)
     parent = override_saved_recipe(saved, scout.overrides, path=path, purpose="fork")
     again = scout.format_command(quote_path(run.root), name=scout.name)
     before = recipe_from_dict(saved, source=str(path))

@@ -8,6 +8,7 @@ Phase = Literal[
     "TRAIN",
     "FORECAST",
     "PROBE",
+    "SCOUT",
     "APPLY",
     "WINDOW",
     "GUIDE_GEN",
@@ -35,6 +36,7 @@ TransitionName = Literal[
     "replay_rejected",
     "rung_refused",
     "rung_chosen",
+    "scout_trained",
     "rung_applied",
     "window_done",
     "rung_measured",
@@ -202,7 +204,7 @@ class RungEffect:
     partly_solved_gain_low: float
     partly_solved_gain_high: float
     cost: float
-    """Tokens of the window, of its guides and its probe, in steps of the time before."""
+    """Tokens of the window, of its guides, its scout and its probe, in steps of the time before."""
     rate: float
     """Accuracy gained per step on the line up to the trigger."""
     steps_saved: float

@@ -131,6 +131,8 @@ class ScoutRequest:
     """Of the scout's branch."""
     overrides: Sequence[str] = ()
     """`scout.*`, and settings that may change at a fork."""
+    undo: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Settings of the branch, by dotted key, that the scout does not inherit: those of an AutoNPO window."""
 
     def format_command(self, run: str, *, name: str = "NEW") -> str:
         """The command that trains it in the run directory, already quoted, under another name."""

@@ -13,9 +13,13 @@ from npo_cli.autonpo.controller import (
     ProbeFinished,
     ReplayTested,
     RollbackDone,
+    RunBegun,
+    RungApplied,
+    ScoutTrained,
     StepObserved,
     advance,
     explain_no_trigger,
+    is_early_scout_due,
 )
 from npo_cli.autonpo.trigger import TriggerInput
 from npo_cli.types.autonpo import AutoNPOState, ProbeResult, TriggerReading
@@ -326,6 +330,12 @@ def test_step_without_a_trigger_has_a_reason(state, event, reason):
 # Whole runs
 
 DIAGRAM = {
+    ("TRAIN", "SCOUT"),
+    ("SCOUT", "APPLY"),
+    ("SCOUT", "COOLDOWN"),
+    ("APPLY", "WINDOW"),
+    ("APPLY", "COOLDOWN"),
+    ("WINDOW", "COOLDOWN"),
     ("TRAIN", "PROBE"),
     ("TRAIN", "GUIDE_GEN"),
     ("PROBE", "GUIDE_GEN"),
@@ -406,16 +416,30 @@ SETTINGS = st.builds(
     st.fixed_dictionaries(
         {"patience": st.integers(1, 4), "warmup_steps": st.integers(0, 6), "cooldown_steps": st.integers(0, 4)}
     ),
-    st.fixed_dictionaries({"enabled": st.booleans(), "scout_steps": st.integers(1, 8)}),
+    st.fixed_dictionaries(
+        {
+            "enabled": st.booleans(),
+            "scout": st.sampled_from(["run", "disposable"]),
+            "scout_steps": st.integers(1, 8),
+        }
+    ),
     st.fixed_dictionaries({"acceptance_test": st.booleans()}),
     st.integers(-1, 3),
 )
 
 
-def draw_event(data, state):
+def draw_event(data, state, config):
     """An event that fits the phase."""
     missing = PrerequisiteMissing(reason="gone")
+    if is_early_scout_due(state, config):
+        return RunBegun()
     match state.phase:
+        case "SCOUT":
+            trained = ScoutTrained(scout="early-scout", scout_step=4, num_steps=4, num_tokens=9)
+            return data.draw(st.sampled_from([trained, missing]))
+        case "APPLY":
+            applied = RungApplied(branch="early", to_step=0, until_step=3, settings=(), undo={}, guide=None)
+            return data.draw(st.sampled_from([applied, missing]))
         case "PROBE":
             distance = data.draw(st.integers(1, state.step))
             result = ProbeResult(is_accepted=True, reason="", distance=distance, strata=(), scores=())
@@ -438,7 +462,7 @@ def test_controller_keeps_to_diagram_and_limit_for_arbitrary_events(data, config
     state = AutoNPOState(branch="main", step=0)
     for _ in range(40):
         before = state
-        state, transitions = advance(state, draw_event(data, state), config)
+        state, transitions = advance(state, draw_event(data, state, config), config)
         phases = [before.phase, *(transition.state.phase for transition in transitions)]
         assert {(a, b) for a, b in pairwise(phases) if a != b} <= DIAGRAM
         assert [transition.phase_before for transition in transitions] == phases[:-1]
@@ -446,7 +470,8 @@ def test_controller_keeps_to_diagram_and_limit_for_arbitrary_events(data, config
         assert transitions or state.phase == before.phase
         assert config.max_interventions == -1 or state.num_interventions <= config.max_interventions
         # What belongs to a phase is set in it, and in no other.
-        assert (state.until_step is not None) == (state.phase in ("REPLAY", "COOLDOWN"))
+        assert (state.until_step is not None) == (state.phase in ("REPLAY", "WINDOW", "COOLDOWN"))
+        assert (state.rung is None) or state.phase in ("SCOUT", "APPLY", "WINDOW", "COOLDOWN")
         with_distance = ("GUIDE_GEN", "ROLLBACK", "REPLAY", "ACCEPTANCE_TEST", *(["PROBE"] if state.is_early else []))
         assert (state.distance is not None) == (state.phase in with_distance)
         assert (state.stagnation_streak == 0 and not state.has_warned) or state.phase == "TRAIN"

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from npo_cli.autonpo.controller import RungApplied, RungForecasted, StepObserved, advance, is_effect_due
+from npo_cli.autonpo.controller import (
+    RunBegun,
+    RungApplied,
+    RungForecasted,
+    ScoutTrained,
+    StepObserved,
+    advance,
+    is_early_scout_due,
+    is_effect_due,
+)
 from npo_cli.autonpo.dry_run import RecordedRun, simulate_autonpo
 from npo_cli.autonpo.dry_training import plan_interventions
 from npo_cli.autonpo.preflight import validate_autonpo_settings
@@ -22,6 +31,7 @@ from npo_cli.types.autonpo import AutoNPOState, RungEffect, RungForecast, Transi
 from tests.autonpo.simulated_signals import ACCEPTED, GUIDED, MISSING, REJECTED, autonpo_settings, curve
 
 FULL = autonpo_settings(ladder=["mistakes", "token_weight", "guide", "dense", "rollback"])
+EARLY_SCOUT = ("autonpo.early.enabled=true", "autonpo.early.scout=disposable")
 ARMED = AutoNPOState(branch="main", step=100)
 WARNED = replace(ARMED, stagnation_streak=5, has_warned=True)
 APPLIED = RungApplied(
@@ -140,7 +150,38 @@ def test_dense_rung_is_applied_after_its_probe_and_the_rollback_builds_a_guide()
     assert rows == [("probe_accepted", "GUIDE_GEN", "rollback"), ("guide_built", "ROLLBACK", "rollback")]
 
 
-@pytest.mark.parametrize("phase", ["FORECAST", "APPLY"])
+def test_chosen_scout_is_trained_before_its_rung_is_applied():
+    considered = replace(ARMED, phase="FORECAST", rung="scout")
+    trained = ScoutTrained(scout="auto-1-scout", scout_step=120, num_steps=20, num_tokens=9)
+    _, rows = apply_events(considered, forecast("scout", 1.0), trained, APPLIED)
+    assert rows == [
+        ("rung_chosen", "SCOUT", "scout"),
+        ("scout_trained", "APPLY", "scout"),
+        ("rung_applied", "WINDOW", "scout"),
+    ]
+
+
+def test_early_scout_comes_once_before_the_first_step_and_is_not_counted():
+    early = autonpo_settings(early={"enabled": True, "scout": "disposable"})
+    begun = AutoNPOState(branch="main", step=0)
+    assert is_early_scout_due(begun, early)
+    assert not is_early_scout_due(begun, autonpo_settings(early={"enabled": True}))
+    trained = ScoutTrained(scout="early-scout", scout_step=20, num_steps=20, num_tokens=9)
+    applied = replace(APPLIED, branch="early", to_step=0, until_step=20)
+    steps = (observed(step, verdict="stagnant") for step in range(1, 64))
+    state, rows = apply_events(begun, RunBegun(), trained, applied, *steps, settings=early)
+    assert rows[:4] == [
+        ("early_bootstrap", "SCOUT", "scout"),
+        ("scout_trained", "APPLY", "scout"),
+        ("rung_applied", "WINDOW", "scout"),
+        ("window_done", "COOLDOWN", "scout"),
+    ]
+    assert rows[4:] == [("armed", "TRAIN", None)]
+    assert state == AutoNPOState(branch="early", step=63, stagnation_streak=3, has_tried_early=True)
+    assert not is_early_scout_due(replace(state, step=0), early)
+
+
+@pytest.mark.parametrize("phase", ["FORECAST", "SCOUT", "APPLY"])
 def test_cooldown_follows_a_rung_with_a_missing_prerequisite(phase):
     state, rows = apply_events(replace(ARMED, phase=phase, rung="guide"), MISSING)
     assert rows == [("prerequisite_missing", "COOLDOWN", None)]
@@ -188,6 +229,12 @@ def test_ladder_with_unknown_repeated_or_no_rungs_is_refused(settings, message):
         (("autonpo.ladder=[guide]", "guide.source=extrapolated"), "switches guide.source on"),
         (("autonpo.ladder=[mistakes]", "order.mistakes=0.2"), "switches order.mistakes on for a window, but it is 0.2"),
         (("autonpo.ladder=[guide]", "autonpo.rungs.guide=nothing"), "nothing"),
+        (("autonpo.ladder=[scout]", "train.staleness=1"), "has scout, whose scout is not available with train.stal"),
+        (("autonpo.ladder=[scout]", "scout.lora.rank=2"), "scout.lora.rank is not available"),
+        (("autonpo.ladder=[scout]", "guide.experience.replay_fraction=0.5"), "autonpo.ladder has scout"),
+        ((*EARLY_SCOUT, "train.staleness=1"), "autonpo.early.scout is disposable, whose scout is not available"),
+        ((*EARLY_SCOUT, "scout.lora.rank=2"), "autonpo.early.scout is disposable"),
+        ((*EARLY_SCOUT, "autonpo.early.replay_steps=261"), "the run has only 260 steps"),
         (("autonpo.ladder=[mistakes]", "autonpo.trigger.cooldown_steps=0"), "measured in its cooldown"),
     ],
 )
@@ -197,7 +244,8 @@ def test_rung_that_could_never_be_applied_is_refused(settings, message):
 
 
 def test_every_built_in_rung_fits_the_shipped_recipe():
-    validate_autonpo_settings(load_recipe("micro-auto", ("autonpo.ladder=[mistakes,token_weight,guide,dense]",)), 4000)
+    ladder = "autonpo.ladder=[mistakes,token_weight,guide,scout,dense]"
+    validate_autonpo_settings(load_recipe("micro-auto", (ladder, *EARLY_SCOUT)), 4000)
     assert {name for name in RUNGS.built_in if not RUNGS.get(name).has_window} == {"rollback"}
 
 
@@ -299,13 +347,31 @@ def test_simulated_ladder_takes_each_rung_once_and_then_the_rollback():
     assert "assumed: mistakes" in text
 
 
+def test_simulated_early_scout_has_its_window_in_the_first_recorded_steps():
+    signals = curve(lambda step: 0.5, lambda step: 1.0, last=70, noise=(0, 0), seed=0)
+    recipe = load_recipe("micro", (*EARLY_SCOUT, "autonpo.ladder=[scout,rollback]"))
+    record = RecordedRun(
+        source=Path("log.jsonl"), run=None, branch="-", recipe=recipe, save_every=10, trigger_inputs=tuple(signals)
+    )
+    found = simulate_autonpo(record)
+    made = [(one.step, one.event, one.state.until_step) for one in found.transitions]
+    assert made == [
+        *((0, "started", None), (0, "early_bootstrap", None), (0, "scout_trained", None), (0, "rung_applied", 20)),
+        *((20, "window_done", 60), (61, "armed", None)),
+    ]
+    assert describe_evidence(found.transitions[1]) == "scout of 20 steps from step 0"
+    assert describe_evidence(found.transitions[2]) == "assumed: 20 steps"
+
+
 def test_dry_run_counts_what_each_rung_may_add():
-    settings = ("autonpo.ladder=[mistakes,guide,dense,rollback]", "train.prompts_per_step=16", "train.save_every=10")
+    ladder = "autonpo.ladder=[mistakes,guide,scout,dense,rollback]"
+    settings = (ladder, "scout.group_size=4", "train.prompts_per_step=16", "train.save_every=10")
     rows = [one for one in plan_interventions(load_recipe("micro", settings), mean_length=None) if hasattr(one, "work")]
-    # windows of 20 steps of 16 prompts: 8 guide samples each, or 2 rollouts each
-    assert {row.work: (row.prompts, row.samples) for row in rows[:4]} == {
+    # windows of 20 steps of 16 prompts: 8 guide samples each, or 2 rollouts each; 20 steps of a scout
+    assert {row.work: (row.prompts, row.samples) for row in rows[:5]} == {
         "an intervention: probe": (256, 1024),
         "a window: mistakes": (0, 0),
         "a window: guide": (320, 2560),
+        "a window: scout": (320, 1280),
         "a window: dense": (320, 640),
     }

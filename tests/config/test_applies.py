@@ -54,8 +54,8 @@ def test_setting_without_effect_is_refused(overrides, message):
 
 def test_hint_to_set_a_list_is_a_list():
     with pytest.raises(NpoError) as caught:
-        load_recipe("micro", ["autonpo.rungs.group_size=4"])
-    assert caught.value.hint == "remove autonpo.rungs.group_size, or set autonpo.ladder=[dense]"
+        load_recipe("micro", ["autonpo.rungs.scout_steps=4"])
+    assert caught.value.hint == "remove autonpo.rungs.scout_steps, or set autonpo.ladder=[scout]"
 
 
 def test_setting_without_effect_in_a_file_is_refused_with_its_line(tmp_path):

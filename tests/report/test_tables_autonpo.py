@@ -161,10 +161,11 @@ def test_no_trigger_table_shows_the_longest_ranges():
 def test_costs_table_adds_up():
     found = RunCosts(
         branch="auto-2", step=120, updates=170, training_tokens=224_302, probe_tokens=9_889, guide_tokens=22_041,
-        acceptance_test_tokens=400, abandoned_tokens=93_516, seconds=0.0, num_interventions=2, num_rejections=1,
+        acceptance_test_tokens=400, scout_tokens=500, abandoned_tokens=93_016, seconds=0.0, num_interventions=2,
+        num_rejections=1,
     )  # fmt: skip
     (table,) = account_tables([found])
-    # 224302 + 9889 + 22041 + 400 + 93516 = 350148; no seconds were recorded
+    # 224302 + 9889 + 22041 + 400 + 500 + 93016 = 350148; no seconds were recorded
     assert dict(table.rows) == {
         "step": "120",
         "optimizer updates": "170",
@@ -172,7 +173,8 @@ def test_costs_table_adds_up():
         "probe tokens": "9,889",
         "guide tokens": "22,041",
         "acceptance-test tokens": "400",
-        "abandoned tokens": "93,516",
+        "scout tokens": "500",
+        "abandoned tokens": "93,016",
         "all tokens": "350,148",
         "wall clock, s": "-",
         "interventions": "2",
