@@ -16,7 +16,7 @@ from npo_cli.storage.metrics import read_metrics
 from tests.helpers.cli_errors import json_rows, npo
 from tests.helpers.runs import TINY, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 NPO = (sys.executable, "-c", "from npo_cli.cli.main import main; main()")
 MICRO_METHODS = tuple(
     name for name in list_method_names() if name.startswith(("matched/", "controls/", "extrapolated/"))
