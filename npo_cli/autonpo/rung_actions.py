@@ -96,10 +96,10 @@ def plan_scout(session: Session, state: AutoNPOState) -> ScoutRequest:
         name=f"{name_intervention(state)}-scout",
         undo=find_undo(run, place.branch),
     )
-    return replace(request, name=choose_scout_name(session, request))
+    return replace(request, name=name_rung_scout(session, request))
 
 
-def choose_scout_name(session: Session, request: ScoutRequest) -> str:
+def name_rung_scout(session: Session, request: ScoutRequest) -> str:
     """The wanted name, or `NAME-2`, `NAME-3`, ... if another branch has it; the same scout is trained to its end."""
     run, taken, number = session.run, list_recorded_branches(session.run), 1
     recipe, branches = make_scout_recipe(run, request), list_branches(run)
