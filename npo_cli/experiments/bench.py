@@ -6,15 +6,12 @@ fit. What is done is not done again; what was cut short is gone on with.
 """
 
 import os
-import shlex
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from npo_cli.autonpo.preflight import validate_autonpo_settings
@@ -24,6 +21,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.launch import strip_launch_variables
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly, quote_path
 from npo_cli.experiments.bench_plan import BenchRun, Command, build_commands, check_plan, find_remaining_command
+from npo_cli.experiments.bench_process import start_command
 from npo_cli.experiments.bootstrap import area_weights, common_range
 from npo_cli.session.session import open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
@@ -38,9 +36,6 @@ from npo_cli.tasks.task import list_code_files
 from npo_cli.types.rollouts import Notice, Progress
 from npo_cli.types.views import TunedSetting
 
-NPO_CODE = "from npo_cli.experiments.end_with_parent import end_with_parent; end_with_parent({lifeline}); " + (
-    "from npo_cli.cli.main import main; main()"
-)
 LOG_FILE, TUNING_FILE = "log.txt", "tuning.json"
 POLL_SECONDS = 0.1
 
@@ -62,48 +57,27 @@ class BenchSpec:
     jobs: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ties:
-    """Descriptors that the commands inherit."""
-
-    lock: int
-    """Of the bench's folder."""
-    lifeline: int
-    """A pipe that closes when the bench ends."""
-
-
-@contextmanager
-def open_lifeline(lock: int) -> Iterator[Ties]:
-    """A pipe whose other end this process alone has."""
-    ours, theirs = os.pipe()
-    try:
-        yield Ties(lock=lock, lifeline=ours)
-    finally:
-        os.close(ours)
-        os.close(theirs)
-
-
 def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]:
     """Tune, then train the table's seeds; ends with the commands that set them side by side."""
     with (
         keep_permissions(question),
         hold_bench(question.out) as lock,
-        open_lifeline(lock) as ties,
         stop_between_steps() as stop,
     ):
         yield from describe_replaced_settings(question)
-        chosen = yield from tune_methods(question, ties, stop)
+        chosen = yield from tune_methods(question, lock, stop)
         cells = [
             make_bench_run(question, method, chosen[method], seed=seed, subfolder="runs")
             for seed in question.seeds
             for method in question.methods
         ]
         try:
-            yield from execute_runs(cells, question.jobs, ties, stop)
+            yield from execute_runs(cells, question.jobs, lock, stop)
         except (RunFailed, StoppedEarly):
             finished = [cell for cell in cells if is_done(cell)]
             if finished:
                 _save_index(question, finished)
+            if len(finished) > 1:
                 yield Notice(
                     message=f"{len(finished)} of {len(cells)} runs are finished; they can be compared: "
                     f"npo compare {quote_path(question.out)}"
@@ -212,7 +186,7 @@ def format_method_name(method: str) -> str:
 
 
 def tune_methods(
-    question: BenchSpec, ties: Ties, stop: StopFlag
+    question: BenchSpec, lock: int, stop: StopFlag
 ) -> Generator[Progress | Notice | TunedSetting, None, dict[str, str]]:
     """Each method's best setting of the grid: largest area of the held-out curve at equal tokens, mean over seeds."""
     if not question.grid:
@@ -223,7 +197,7 @@ def tune_methods(
         for method in question.methods
         for setting in question.grid
     ]
-    yield from execute_runs(cells, question.jobs, ties, stop)
+    yield from execute_runs(cells, question.jobs, lock, stop)
     chosen: dict[str, str] = {}
     for method in question.methods:
         found = [
@@ -267,32 +241,33 @@ class Job:
 
     bench_run: BenchRun
     pending_commands: list[Command]
-    process: subprocess.Popen[bytes] | None = None
-    started: float = 0.0
+    process: BaseProcess | None = None
 
 
-def execute_runs(cells: Sequence[BenchRun], jobs: int, ties: Ties, stop: StopFlag) -> Iterator[Progress | Notice]:
+def execute_runs(cells: Sequence[BenchRun], jobs: int, lock: int, stop: StopFlag) -> Iterator[Progress | Notice]:
     """Run every cell that is not done, `jobs` at a time, until all are done or a signal asks to stop."""
     todo = [Job(bench_run=cell, pending_commands=build_commands(cell)) for cell in cells if not is_done(cell)]
     total, running, failed = len(cells), [], []
-    while todo or running:
-        if stop:
-            _stop_all(running)
-            raise StoppedEarly(f"stopped by {stop.reason}; what is done is kept", "repeat the command to continue")
-        while todo and len(running) < jobs:
-            running.append(todo.pop(0))
-        for job in list(running):
-            state = _advanced(job, ties)
-            if state == "running":
-                continue
-            running.remove(job)
-            if state == "failed":
-                failed.append(job.bench_run)
-                error = _read_error(job.bench_run.folder / LOG_FILE)
-                yield Notice(message=f"{job.bench_run.folder} failed: {error}", level="warning")
-            done = total - len(todo) - len(running)
-            yield Progress(description="bench", done=done, total=total, note=str(job.bench_run.folder))
-        time.sleep(POLL_SECONDS if running else 0)
+    try:
+        while todo or running:
+            if stop:
+                raise StoppedEarly(f"stopped by {stop.reason}; what is done is kept", "repeat the command to continue")
+            while todo and len(running) < jobs:
+                running.append(todo.pop(0))
+            for job in list(running):
+                state = _advanced(job, lock)
+                if state == "running":
+                    continue
+                running.remove(job)
+                if state == "failed":
+                    failed.append(job.bench_run)
+                    error = _read_error(job.bench_run.folder / LOG_FILE)
+                    yield Notice(message=f"{job.bench_run.folder} failed: {error}", level="warning")
+                done = total - len(todo) - len(running)
+                yield Progress(description="bench", done=done, total=total, note=str(job.bench_run.folder))
+            time.sleep(POLL_SECONDS if running else 0)
+    finally:
+        _stop_all(running)
     yield Progress(description="bench", done=total, total=total)
     if failed:
         first = failed[0].folder / LOG_FILE
@@ -310,10 +285,10 @@ def is_done(cell: BenchRun) -> bool:
     return True
 
 
-def _advanced(job: Job, ties: Ties) -> str:
+def _advanced(job: Job, lock: int) -> str:
     """Look at the cell's process; start the next command when it has ended."""
     if job.process is not None:
-        code = job.process.poll()
+        code = job.process.exitcode
         if code is None:
             return "running"
         job.process = None
@@ -323,40 +298,29 @@ def _advanced(job: Job, ties: Ties) -> str:
     while job.pending_commands:
         command = find_remaining_command(job.pending_commands[0], job.bench_run)
         if command is not None:
-            job.process = _started(job.bench_run, command, ties)
+            job.process = _started(job.bench_run, command, lock)
             return "running"
         job.pending_commands.pop(0)
     save_commands(job.bench_run.folder, build_commands(job.bench_run))
     return "done"
 
 
-def _started(cell: BenchRun, command: Command, ties: Ties) -> subprocess.Popen[bytes]:
-    """One npo command in a session of its own, so that a Ctrl-C reaches it only through us; its talk goes to a log."""
+def _started(cell: BenchRun, command: Command, lock: int) -> BaseProcess:
+    """One npo command; its talk goes to a log."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     recipe = cell.resolve_recipe()
     command = (*command, *(["--allow-code"] if may_run_code(recipe) else []))
-    threads = str(recipe.model.threads or 1)
-    with (cell.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-        log.write(f"$ npo {shlex.join(command)}\n")
-        log.flush()
-        return subprocess.Popen(
-            [sys.executable, "-c", NPO_CODE.format(lifeline=ties.lifeline), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**strip_launch_variables(os.environ), "OMP_NUM_THREADS": threads},
-            start_new_session=True,
-            pass_fds=(ties.lock, ties.lifeline),
-        )
+    environment = {**strip_launch_variables(os.environ), "OMP_NUM_THREADS": str(recipe.model.threads or 1)}
+    return start_command(command, log=cell.folder / LOG_FILE, environment=environment, lock=lock)
 
 
 def _stop_all(running: Sequence[Job]) -> None:
     """Every process finishes its step, saves and ends."""
     alive = [job.process for job in running if job.process is not None]
     for process in alive:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
     for process in alive:
-        process.wait()
+        process.join()
 
 
 def _read_error(path: Path) -> str:

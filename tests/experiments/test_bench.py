@@ -136,9 +136,9 @@ def check_last_hint(stderr: str) -> None:
 
 @pytest.mark.slow
 def test_bench_continues_after_a_failed_run_and_quotes_its_error(tmp_path):
-    spec = bench_spec(tmp_path, methods=("luffy", "npo-early"), teacher="--source file:nowhere.jsonl")
+    spec = bench_spec(tmp_path, methods=("luffy", "npo-early", "grpo"), teacher="--source file:nowhere.jsonl")
     found = []
-    with pytest.raises(RunFailed, match=r"1 of 2 runs failed; the first: error: .*nowhere\.jsonl"):
+    with pytest.raises(RunFailed, match=r"1 of 3 runs failed; the first: error: .*nowhere\.jsonl"):
         found.extend(run_bench(spec))
     failed = tmp_path / "runs/matched-luffy/as-it-is/seed-0"
     warnings = [one.message for one in found if isinstance(one, Notice) and one.level == "warning"]
@@ -146,8 +146,8 @@ def test_bench_continues_after_a_failed_run_and_quotes_its_error(tmp_path):
     assert commands_in(tmp_path / "runs/matched-npo-early") == ["train", "sample-guide", "resume"]
     assert (tmp_path / "runs/matched-npo-early/as-it-is/seed-0/done.json").exists()
     # What is finished can be compared.
-    (method,) = (one for one in compare_bench(tmp_path) if isinstance(one, MethodSummary))
-    assert method.method == "matched-npo-early"
+    compared = {one.method for one in compare_bench(tmp_path) if isinstance(one, MethodSummary)}
+    assert compared == {"matched-npo-early", "matched-grpo"}
 
 
 @pytest.mark.slow
