@@ -9,6 +9,7 @@ every command starts from nothing.
 import atexit
 import multiprocessing
 import os
+import runpy
 import shlex
 import signal
 import sys
@@ -50,10 +51,8 @@ def run_command(command: Sequence[str], log: str, environment: Mapping[str, str]
     print(f"$ npo {shlex.join(command)}", flush=True)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.argv = ["npo", *command]
-    from npo_cli.cli.main import main
-
     try:
-        main()
+        runpy.run_module("npo_cli", run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing leaves them out
         lock.close()
