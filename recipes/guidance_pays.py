@@ -3,6 +3,8 @@
     python recipes/guidance_pays.py screen OUT                     # (a) 12 cells, every arm, 2 seeds
     python recipes/guidance_pays.py tune OUT --cells addh2         # (b) GRPO over 12 settings on tuning seeds
     python recipes/guidance_pays.py confirm OUT --cells addh2 --seeds 6
+    python recipes/guidance_pays.py tune OUT --cells smollm2-stalls,smollm2-learns     # (c) a pretrained model
+    python recipes/guidance_pays.py confirm OUT --cells smollm2-stalls,smollm2-learns --seeds 4
     python recipes/guidance_pays.py tables OUT                     # the tables again
     python recipes/guidance_pays.py screen OUT --dry-run           # the commands only
 
@@ -13,13 +15,14 @@ the experiment goes on elsewhere from these three files. `effects.csv` follows f
 
 import argparse
 import csv
+import json
 import math
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +40,7 @@ from npo_cli.storage.bench_dir import DONE_FILE, save_bench_index
 Row = TypeVar("Row")
 SPARSE = ("guide.replay.at_step=0", "guide.replay.guide_step=60")
 PLATEAU = ("guide.replay.at_step=40", "guide.replay.guide_step=100")
-CELLS: dict[str, tuple[str, ...]] = {
+MICRO_CELLS: dict[str, tuple[str, ...]] = {
     "addh1": ("task.kind=addh1", "train.num_steps=160", *SPARSE),
     "addh2": ("task.kind=addh2", "train.num_steps=200", *SPARSE),
     "addh4": ("task.kind=addh4", "train.num_steps=240", *SPARSE),
@@ -54,15 +57,73 @@ CELLS: dict[str, tuple[str, ...]] = {
 """Settings on top of the recipe `micro`: 16 prompts x 8 rollouts, AdamW, learning rate 3e-4, one update per step."""
 BASELINE, PRIMARY = "grpo", "distill-scout"
 ARMS = ("npo-late", "distill", "distill-scout", "mistakes-first", "token-weight", "rejoin")
-CONFIRMED_ARMS = ("npo-late", "distill", "distill-scout", "mistakes-first")
-NUM_CONFIRMED_CELLS = 3
+CONFIRMED_CELLS = ("mix50-updates4", "addh1", "addh2")
+"""Of the first experiment: the claims that Holm's adjustment is over."""
 SCREENING_SEEDS, TUNING_SEEDS, FIRST_SEED = (300, 301), (400, 401), 500
-GRID = ("train.lr=1.5e-4,3e-4,6e-4", "train.num_updates=1,2 train.prompts_per_step=32 train.group_size=16")
-COMMON = ("eval.every=10", "train.save_every=20", "model.threads=1")
-TARGETS = (0.9, 0.8, 0.75)
-"""Held-out accuracies: the primary outcome's, the secondary one's, and that of a task whose ceiling is below."""
-LEVELS = (0.2, 0.4, 0.6)
-"""Accuracies from which hysteresis is measured, to the secondary target."""
+PROBLEMS = Path(__file__).with_name("arithmetic.py")
+SCOUT_METHOD = """\
+method:
+  name: distill-scout
+  commands:
+    - train {recipe} {run} --method {method} --until 0
+    - scout {run} --at 0 --name scout
+    - resume {run} --at 0 --no-guide --new-branch dense target.kind=distribution
+      target.teacher=scout:scout target.num_steps=8 target.group_size=2
+scout:
+  num_steps: 16
+  num_updates: 2
+"""
+"""`distill-scout` with a fifth of its steps: the runs have 40 of them instead of 200."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One task, and how long and with what it is trained."""
+
+    settings: tuple[str, ...]
+    """On top of the recipe."""
+    recipe: str = "micro"
+    targets: tuple[float, ...] = (0.9, 0.8, 0.75)
+    """Held-out accuracies: the primary outcome's, the secondary one's, and that of a task whose ceiling is below."""
+    levels: tuple[float, ...] = (0.2, 0.4, 0.6)
+    """Accuracies from which hysteresis is measured, to the secondary target."""
+    grid: tuple[str, ...] = (
+        "train.lr=1.5e-4,3e-4,6e-4",
+        "train.num_updates=1,2 train.prompts_per_step=32 train.group_size=16",
+    )
+    """Of the tuning."""
+    arms: tuple[str, ...] = ("npo-late", "distill", "distill-scout", "mistakes-first")
+    """Of the confirmation."""
+    method_files: Mapping[str, str] = field(default_factory=dict)
+    """Arms that are not the shipped methods of these names."""
+
+
+def make_micro_cell(settings: tuple[str, ...]) -> Cell:
+    """A cell of the first two experiments."""
+    return Cell(settings=(*settings, "eval.every=10", "train.save_every=20", "model.threads=1"))
+
+
+def make_pretrained_cell(num_train: Mapping[str, int], targets: tuple[float, ...], levels: tuple[float, ...]) -> Cell:
+    """A cell of the third: SmolLM2-135M-Instruct, problems drawn with the seed."""
+    return Cell(
+        recipe="smollm2-arithmetic",
+        settings=(
+            *("task.source=custom", f"task.function={PROBLEMS}:draw_task", "task.id_column=id"),
+            *(f"task.function_args={json.dumps({'num_train': num_train})}", "train.num_steps=40"),
+            *("eval.every=4", "eval.samples_per_prompt=4", "train.save_every=8", "model.threads=1"),
+        ),
+        targets=targets,
+        levels=levels,
+        grid=("train.lr=1e-5,2e-5", "train.num_updates=1,2"),
+        arms=("distill-scout", "mistakes-first"),
+        method_files={"distill-scout": SCOUT_METHOD},
+    )
+
+
+CELLS = {name: make_micro_cell(settings) for name, settings in MICRO_CELLS.items()} | {
+    "smollm2-stalls": make_pretrained_cell({"+": 60, "*": 60, "-": 60, "mod": 60}, (0.4, 0.45, 0.5), (0.2, 0.3, 0.4)),
+    "smollm2-learns": make_pretrained_cell({"+": 180, "*": 60}, (0.8, 0.7, 0.9), (0.3, 0.4, 0.5)),
+}
 NUM_ATTEMPTS, FAILED = 2, 1
 """Of the bench of a cell; exit code of one with a failed run."""
 NUM_LAST = 3
@@ -143,8 +204,8 @@ class EffectRow:
 
 def run_part(given: argparse.Namespace) -> None:
     """Every cell in turn, without the seeds on record; its rows are written when it is finished."""
-    arms = tuple(given.arms or {"screen": ARMS, "tune": (), "confirm": CONFIRMED_ARMS}[given.part])
     for cell in given.cells:
+        arms = tuple(given.arms or {"screen": ARMS, "tune": (), "confirm": CELLS[cell].arms}[given.part])
         if given.part == "tune":
             if read_tuned_setting(given.out, cell) is not None:
                 print(f"{cell} is tuned")
@@ -178,19 +239,32 @@ def build_command(given: argparse.Namespace, cell: str, arms: Sequence[str], see
         if tuned is None:
             raise SystemExit(f"{cell} is not tuned: run the part `tune` with --cells {cell} first")
         settings = (*settings, *tuned.split())
-    command = ["bench", "micro", *settings, "--methods", ",".join((BASELINE, *arms))]
-    command += ["--out", str(given.out / given.part / cell)]
+    folder = given.out / given.part / cell
+    methods = [name_method(cell, arm, folder) for arm in (BASELINE, *arms)]
+    command = ["bench", CELLS[cell].recipe, *settings, "--methods", ",".join(methods), "--out", str(folder)]
+    if CELLS[cell].recipe != "micro":
+        command.append("--allow-code")
     command += ["--seeds", "".join(f"{seed}," for seed in seeds), "--jobs", str(given.jobs)]
     if given.part == "tune":
-        for alternatives in GRID:
+        for alternatives in CELLS[cell].grid:
             command += ["--grid", alternatives]
         command += ["--tuning-seeds", ",".join(map(str, TUNING_SEEDS))]
     return command
 
 
+def name_method(cell: str, arm: str, folder: Path) -> str:
+    """The name of a shipped method, or a file with the cell's own variant."""
+    if arm not in CELLS[cell].method_files:
+        return arm
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"matched-{arm}.yaml"
+    file.write_text(CELLS[cell].method_files[arm], encoding="utf-8")
+    return str(file)
+
+
 def list_settings(given: argparse.Namespace, cell: str) -> tuple[str, ...]:
     """KEY=VALUE of every run of a cell."""
-    return (*CELLS[cell], *COMMON, *given.overrides)
+    return (*CELLS[cell].settings, *given.overrides)
 
 
 # The record: what is finished
@@ -249,7 +323,7 @@ def record_cell(given: argparse.Namespace, cell: str, arms: Sequence[str], seeds
     methods = load_methods([str(folder)], baseline=None)
     rows = [
         row
-        for target in TARGETS
+        for target in CELLS[cell].targets
         for method in methods
         for row in list_seed_rows(given.part, cell, method, methods, target)
     ]
@@ -286,11 +360,11 @@ def record_again(given: argparse.Namespace) -> None:
 
 def measure_settings(folder: Path, settings: tuple[str, ...], cell: str) -> list[TuningRow]:
     """The area of every setting, as the bench chose by."""
-    grid = parse_grid(GRID)
+    grid = parse_grid(CELLS[cell].grid)
     runs = [
         [
             BenchRun(
-                recipe="micro",
+                recipe=CELLS[cell].recipe,
                 method=BASELINE,
                 settings=(*settings, *setting.split()),
                 seed=seed,
@@ -345,7 +419,7 @@ def list_hysteresis_rows(part: str, cell: str, methods: Sequence[MethodRuns]) ->
             for method in methods
             if seed in method.seeds
         ]
-        for found in compare_hysteresis(own, (*LEVELS, TARGETS[1])):
+        for found in compare_hysteresis(own, (*CELLS[cell].levels, CELLS[cell].targets[1])):
             yield HysteresisRow(
                 part=part,
                 cell=cell,
@@ -373,7 +447,8 @@ def write_effects(out: Path) -> None:
         if name != f"matched-{BASELINE}"
     ]
     primary = [row for row in effects if is_primary(row)]
-    adjusted = adjust_holm([1.0 if row.p_value is None else row.p_value for row in primary], family=NUM_CONFIRMED_CELLS)
+    p_values = [1.0 if row.p_value is None else row.p_value for row in primary]
+    adjusted = adjust_holm(p_values, family=len(CONFIRMED_CELLS))
     by_cell = {row.cell: p for row, p in zip(primary, adjusted, strict=True)}
     effects = [replace(row, p_holm=by_cell[row.cell]) if is_primary(row) else row for row in effects]
     if effects:
@@ -381,8 +456,9 @@ def write_effects(out: Path) -> None:
 
 
 def is_primary(row: EffectRow) -> bool:
-    """Whether the row is a claim of the plan."""
-    return (row.part, row.arm, row.target) == ("confirm", f"matched-{PRIMARY}", TARGETS[0])
+    """Whether the row is a claim of the first plan."""
+    is_confirmed = row.part == "confirm" and row.cell in CONFIRMED_CELLS
+    return is_confirmed and row.arm == f"matched-{PRIMARY}" and row.target == CELLS[row.cell].targets[0]
 
 
 def adjust_holm(p_values: Sequence[float], *, family: int) -> list[float]:
@@ -446,7 +522,7 @@ def main() -> None:
     parser.add_argument("part", choices=["screen", "tune", "confirm", "tables"])
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of every run")
-    parser.add_argument("--cells", type=lambda text: text.split(","), default=list(CELLS), metavar="A,B")
+    parser.add_argument("--cells", type=lambda text: text.split(","), default=list(MICRO_CELLS), metavar="A,B")
     parser.add_argument("--arms", type=lambda text: text.split(","), metavar="A,B")
     parser.add_argument("--seeds", type=int, default=12, help="of the confirmation")
     parser.add_argument("--jobs", type=int, default=2)

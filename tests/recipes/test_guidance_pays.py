@@ -3,11 +3,15 @@
 import argparse
 import importlib.util
 import math
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from npo_cli.config.loading import load_recipe
+from npo_cli.experiments.bench_plan import SETTING
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "guidance_pays.py"
 
@@ -88,3 +92,22 @@ def test_confirmation_runs_the_missing_seeds_with_the_tuned_setting(
     command = capsys.readouterr().out
     assert "--seeds 501,502" in command
     assert "train.lr=6e-4 train.num_updates=2" in command
+
+
+def test_a_pretrained_cell_has_its_own_recipe_and_scout(
+    recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = "smollm2-learns"
+    given = {"out": tmp_path, "cells": [cell], "arms": None, "seeds": 2, "jobs": 1, "overrides": [], "dry_run": True}
+    recipe.run_part(argparse.Namespace(part="tune", **given))
+    assert "--grid train.lr=1e-5,2e-5 --grid train.num_updates=1,2" in capsys.readouterr().out
+    chosen = recipe.TuningRow(cell=cell, setting="train.lr=2e-5", area=0.7, is_chosen=1)
+    recipe.write_rows(tmp_path / "tuning.csv", [chosen])
+    recipe.run_part(argparse.Namespace(part="confirm", **given))
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("$ npo "))
+    file = tmp_path / "confirm" / cell / "matched-distill-scout.yaml"
+    assert words[words.index("--methods") + 1] == f"grpo,{file},mistakes-first"
+    settings = [word for word in words[2:] if SETTING.match(word)]
+    loaded = load_recipe("smollm2-arithmetic", settings, method=str(file))
+    assert (loaded.scout.num_steps, loaded.train.lr, loaded.train.num_steps) == (16, 2e-5, 40)
+    assert "target.num_steps=8" in loaded.method.commands[-1]
