@@ -29,7 +29,7 @@ from tests.helpers.warm_process import ForkServer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 NUM_KILLS = int(os.environ.get("NPO_LADDER_KILLS", "20"))
 NUM_FLIPS = int(os.environ.get("NPO_FLIPS", "2"))
-RUNGS = ("mistakes", "token_weight", "guide", "dense", "rollback")
+RUNGS = ("mistakes", "token_weight", "guide", "scout", "dense", "rollback")
 WINDOW_SECONDS, CHANGES = 0.4, 40
 """At most, of a window of two steps that has the machine to itself."""
 LOGS = {

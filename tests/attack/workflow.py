@@ -24,11 +24,13 @@ TAUGHT = (
 )
 LADDER = (
     *EAGER,
-    *("autonpo.ladder=[mistakes,token_weight,guide,dense,rollback]", "autonpo.rungs.num_steps=2"),
+    *("autonpo.ladder=[mistakes,token_weight,guide,scout,dense,rollback]", "autonpo.rungs.num_steps=2"),
     *("autonpo.rungs.teacher=base", "autonpo.rungs.guide=extrapolated:logits,k=2,a=1"),
-    *("autonpo.trigger.cooldown_steps=2", "autonpo.max_interventions=6", "train.num_steps=39"),
+    *("autonpo.rungs.scout_steps=2", "scout.num_updates=2", "scout.group_size=6"),
+    *("autonpo.trigger.cooldown_steps=2", "autonpo.max_interventions=6", "train.num_steps=35"),
+    "train.seed=4",
 )
-"""With this seed every rung is taken, the rollback last, at step 38."""
+"""With this seed every rung is taken, the rollback last, at step 34."""
 BENCH = ("--methods", "grpo", "--seeds", "1", "--jobs", "1", "--grid", "train.lr=1e-4", *TINY, "eval.every=2")
 DONE = (
     *("the run has completed step", "already has a complete guide", "any more: it was removed"),

@@ -147,9 +147,9 @@ def decisions(root: Path) -> list[tuple[str, str | None, str, int]]:
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_ladder_of_two_processes_decides_as_one(staleness, tmp_path):
-    rungs = ("mistakes", "token_weight", "dense")
+    rungs = ("mistakes", "token_weight", *(() if staleness else ("scout",)), "dense")
     more = ("autonpo.rungs.num_steps=2", "autonpo.trigger.cooldown_steps=2", f"train.staleness={staleness}")
-    settings = (*EAGER, *ladder(*rungs, limit=3, steps=22), *more, "--autonpo")
+    settings = (*EAGER, *ladder(*rungs, limit=len(rungs), steps=28), *more, "--autonpo")
     assert npo("train", "micro", tmp_path / "single", *settings).code == 0
     run("train", "micro", str(tmp_path / "double"), *settings, log=tmp_path / "log")
     assert decisions(tmp_path / "double") == decisions(tmp_path / "single")
