@@ -55,10 +55,14 @@ MICRO_CELLS: dict[str, tuple[str, ...]] = {
     "addh2-lr6e-4": ("task.kind=addh2", "train.lr=6e-4", "train.num_steps=200", *SPARSE),
 }
 """Settings on top of the recipe `micro`: 16 prompts x 8 rollouts, AdamW, learning rate 3e-4, one update per step."""
-BASELINE, PRIMARY = "grpo", "distill-scout"
+BASELINE, PRIMARY, MISTAKES = "grpo", "distill-scout", "mistakes-first"
 ARMS = ("npo-late", "distill", "distill-scout", "mistakes-first", "token-weight", "rejoin")
 CONFIRMED_CELLS = ("mix50-updates4", "addh1", "addh2")
-"""Of the first experiment: the claims that Holm's adjustment is over."""
+"""Of the first experiment; the family of Holm's adjustment."""
+CLAIMS = {"confirm": (PRIMARY, 0), "mistakes": (MISTAKES, 1)}
+"""Arm and number of the target of each experiment's primary outcome."""
+FRESH_SEEDS = {"mix50-updates4": range(500, 512), "addh1": range(500, 512), "addh2": range(506, 518)}
+"""Of the experiment on mistakes first: without the six of addh2 that suggested it."""
 SCREENING_SEEDS, TUNING_SEEDS, FIRST_SEED = (300, 301), (400, 401), 500
 PROBLEMS = Path(__file__).with_name("arithmetic.py")
 SCOUT_METHOD = """\
@@ -194,7 +198,7 @@ class EffectRow:
     p_value: float | None
     """Two-sided, paired t test of the log ratio."""
     p_holm: float | None
-    """Of the primary arm's confirmation: adjusted over the three cells; a cell that has not been run counts as 1."""
+    """Of a claim: adjusted over the three cells; a cell that has not been run counts as 1."""
     gain: float | None
     """Mean of `gain_at_equal_tokens`, without failed runs."""
     gain_low: float | None
@@ -438,7 +442,8 @@ def list_hysteresis_rows(part: str, cell: str, methods: Sequence[MethodRuns]) ->
 def write_effects(out: Path) -> None:
     """`effects.csv`, from `seeds.csv`."""
     rows: dict[tuple[str, str, float], dict[str, list[SeedRow]]] = {}
-    for row in read_rows(out / "seeds.csv", SeedRow):
+    seeds = read_rows(out / "seeds.csv", SeedRow)
+    for row in (*seeds, *list_fresh_rows(seeds)):
         rows.setdefault((row.part, row.cell, row.target), {}).setdefault(row.arm, []).append(row)
     effects = [
         estimate_effect(found, arms[f"matched-{BASELINE}"])
@@ -446,19 +451,29 @@ def write_effects(out: Path) -> None:
         for name, found in arms.items()
         if name != f"matched-{BASELINE}"
     ]
-    primary = [row for row in effects if is_primary(row)]
-    p_values = [1.0 if row.p_value is None else row.p_value for row in primary]
-    adjusted = adjust_holm(p_values, family=len(CONFIRMED_CELLS))
-    by_cell = {row.cell: p for row, p in zip(primary, adjusted, strict=True)}
-    effects = [replace(row, p_holm=by_cell[row.cell]) if is_primary(row) else row for row in effects]
+    for part, (arm, target) in CLAIMS.items():
+        claims = [
+            row
+            for row in effects
+            if (row.part, row.arm) == (part, f"matched-{arm}")
+            and row.cell in CONFIRMED_CELLS
+            and row.target == CELLS[row.cell].targets[target]
+        ]
+        p_values = [1.0 if row.p_value is None else row.p_value for row in claims]
+        for row, p in zip(claims, adjust_holm(p_values, family=len(CONFIRMED_CELLS)), strict=True):
+            effects[effects.index(row)] = replace(row, p_holm=p)
     if effects:
         write_rows(out / "effects.csv", effects)
 
 
-def is_primary(row: EffectRow) -> bool:
-    """Whether the row is a claim of the first plan."""
-    is_confirmed = row.part == "confirm" and row.cell in CONFIRMED_CELLS
-    return is_confirmed and row.arm == f"matched-{PRIMARY}" and row.target == CELLS[row.cell].targets[0]
+def list_fresh_rows(rows: Sequence[SeedRow]) -> list[SeedRow]:
+    """The rows of the confirmation that the experiment on mistakes first is about, as its own part."""
+    arms = (f"matched-{BASELINE}", f"matched-{MISTAKES}")
+    return [
+        replace(row, part="mistakes")
+        for row in rows
+        if row.part == "confirm" and row.arm in arms and row.seed in FRESH_SEEDS.get(row.cell, ())
+    ]
 
 
 def adjust_holm(p_values: Sequence[float], *, family: int) -> list[float]:

@@ -111,3 +111,18 @@ def test_a_pretrained_cell_has_its_own_recipe_and_scout(
     loaded = load_recipe("smollm2-arithmetic", settings, method=str(file))
     assert (loaded.scout.num_steps, loaded.train.lr, loaded.train.num_steps) == (16, 2e-5, 40)
     assert "target.num_steps=8" in loaded.method.commands[-1]
+
+
+def test_the_seeds_that_suggested_mistakes_first_do_not_confirm_it(recipe: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        make_row(recipe, arm, seed, tokens, target=0.8)
+        for seed, ours in ((505, 100.0), (506, 380.0), (507, 400.0), (517, 420.0), (518, 100.0))
+        for arm, tokens in (("grpo", 400.0), ("mistakes-first", ours))
+    ]
+    recipe.write_rows(tmp_path / "seeds.csv", rows)
+    recipe.write_effects(tmp_path)
+    every, fresh = recipe.read_rows(tmp_path / "effects.csv", recipe.EffectRow)
+    assert (every.part, every.num_seeds, every.p_holm) == ("confirm", 5, None)
+    assert (fresh.part, fresh.num_seeds) == ("mistakes", 3)
+    assert fresh.ratio == pytest.approx((400 / 380 * 400 / 420) ** (1 / 3))
+    assert fresh.p_holm == pytest.approx(min(1.0, 3 * fresh.p_value))
