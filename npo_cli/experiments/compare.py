@@ -37,6 +37,7 @@ from npo_cli.experiments.time_to_threshold import (
 )
 from npo_cli.report.comparison_summary import Comparison
 from npo_cli.report.curve_plots import plot_method_curves
+from npo_cli.report.plotting import MAX_CURVES
 from npo_cli.scoring.hysteresis import estimate_hysteresis, seed_hysteresis
 from npo_cli.storage.cost_sums import (
     compute_run_costs,
@@ -121,6 +122,8 @@ def format_plot_title(methods: Sequence[MethodSummary]) -> str:
     over = sorted({method.resampling_unit for method in methods})
     seeds = sorted({len(method.seeds) for method in methods})
     words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} a method"
+    if len(methods) > MAX_CURVES:
+        return f"{words}; too many for bands"
     return f"{words}; band: 95 % over {' or over '.join(over)}"
 
 

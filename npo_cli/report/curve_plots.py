@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 from npo_cli.report.plotting import (
     AXIS_LABELS,
     COST_AXES,
+    HEIGHT,
+    MAX_CURVES,
+    METHOD_COLUMNS,
     MUTED,
     SECONDS_AXIS,
     CostGetter,
@@ -20,6 +23,7 @@ from npo_cli.report.plotting import (
     add_method_legend,
     draw_line,
     fit_accuracies,
+    fit_height,
     fit_limits,
     format_compact,
     get_line_style,
@@ -38,6 +42,9 @@ SMOOTHING_WINDOW = 9
 """Steps of the moving average of a training metric."""
 MAX_MARKED_POINTS = 60
 """Markers of one curve: each is an element of the picture."""
+LEGEND_COLUMNS = 2
+BELOW_AXIS = 0.55
+"""Inches between the axis and a legend below it: tick labels and the axis label."""
 AXIS_NAMES = ("step", "total-steps", "tokens", "clock")
 PLOTTED_METRICS = (
     ("reward", "mean reward of a batch", "training reward"),
@@ -70,6 +77,7 @@ def make_accuracy_plots(methods: Sequence[Curve], *, prefix: str) -> Iterator[Pl
             name=f"{prefix}accuracy-by-{name}",
             alt_text=f"held-out accuracy against {label}: {_ends(methods)}",
             draw=partial(_draw_accuracy, methods=methods, cost=cost, label=label),
+            height=fit_height(HEIGHT, len(methods), columns=LEGEND_COLUMNS),
         )
 
 
@@ -120,6 +128,7 @@ def make_training_plots(reports: Sequence[StepReport], limbs: Sequence[BranchSpa
                 name=f"{prefix}{title.replace(' ', '-').replace(chr(39), '')}",
                 alt_text=f"{title} by step, one line per branch",
                 draw=partial(_draw_measure, reports=reports, limbs=limbs, name=name, label=label, title=title),
+                height=fit_height(HEIGHT, len(limbs), columns=LEGEND_COLUMNS),
             )
 
 
@@ -156,23 +165,31 @@ def moving_mean(values: Sequence[float]) -> list[float]:
 
 def _finish(panel: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
+    from matplotlib.transforms import ScaledTranslation
 
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     panel.xaxis.set_major_formatter(lambda value, _: format_compact(value))
-    if len(panel.get_legend_handles_labels()[0]) > 1:
-        panel.legend(frameon=False, labelcolor=MUTED, handlelength=2.6, fontsize=9)
+    num_curves = len(panel.get_legend_handles_labels()[0])
+    style = {"frameon": False, "labelcolor": MUTED, "handlelength": 2.6, "fontsize": 9}
+    if num_curves > MAX_CURVES:
+        below = panel.transAxes + ScaledTranslation(0, -BELOW_AXIS, panel.figure.dpi_scale_trans)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+        panel.legend(ncols=LEGEND_COLUMNS, **place, **style)
+    elif num_curves > 1:
+        panel.legend(**style)
 
 
 def plot_method_curves(points: Sequence[CurveBandPoint], path: Path, title: str) -> None:
     """One panel per cost axis that every method has, with mean curves and their intervals."""
     axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
     methods = list(dict.fromkeys(point.method for point in points))
-    bounds = list_bounds(points)
-    with open_figure(path, title=title, height=4.6) as figure:
+    bounds = list_bounds(points, with_bands=len(methods) <= MAX_CURVES)
+    with open_figure(path, title=title, height=fit_height(4.6, len(methods), columns=METHOD_COLUMNS)) as figure:
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, axis in zip(panels, axes, strict=True):
             for place, method in enumerate(methods):
-                _draw_method(panel, [one for one in points if (one.method, one.axis) == (method, axis)], place=place)
+                own = [one for one in points if (one.method, one.axis) == (method, axis)]
+                _draw_method(panel, own, place=place, with_band=len(methods) <= MAX_CURVES)
             label_cost_axis(panel, AXIS_LABELS[axis], bounds)
         add_method_legend(figure, panels[0])
 
@@ -192,6 +209,7 @@ def make_method_plots(points: Sequence[CurveBandPoint], *, prefix: str) -> Itera
                 name=f"{prefix}by-{axis}",
                 alt_text=f"mean held-out accuracy against {AXIS_LABELS[axis]}: {ends}",
                 draw=partial(_draw_methods, points=own, methods=methods, label=AXIS_LABELS[axis]),
+                height=fit_height(HEIGHT, len(methods), columns=LEGEND_COLUMNS),
             )
 
 
@@ -199,20 +217,24 @@ def _draw_methods(panel: "Axes", *, points: Sequence[CurveBandPoint], methods: S
     for place, method in enumerate(methods):
         own = [one for one in points if one.method == method]
         if own:
-            _draw_method(panel, own, place=place)
+            _draw_method(panel, own, place=place, with_band=len(methods) <= MAX_CURVES)
     panel.set_title("held-out accuracy, mean over seeds")
-    label_cost_axis(panel, label, list_bounds(points))
+    label_cost_axis(panel, label, list_bounds(points, with_bands=len(methods) <= MAX_CURVES))
     _finish(panel)
 
 
-def list_bounds(points: Sequence[CurveBandPoint]) -> list[float]:
-    """Every value and every end of an interval."""
+def list_bounds(points: Sequence[CurveBandPoint], *, with_bands: bool) -> list[float]:
+    """Every value, and every end of an interval where they are drawn."""
+    if not with_bands:
+        return [one.accuracy.value for one in points]
     bounds = (bound for one in points for bound in (one.accuracy.value, one.accuracy.low, one.accuracy.high))
     return [bound for bound in bounds if bound is not None]
 
 
-def _draw_method(panel: "Axes", points: Sequence[CurveBandPoint], *, place: int) -> None:
+def _draw_method(panel: "Axes", points: Sequence[CurveBandPoint], *, place: int, with_band: bool) -> None:
     draw_line(panel, [(one.cost, one.accuracy.value) for one in points], name=points[0].method, index=place)
+    if not with_band:
+        return
     lows = [one.accuracy.value if one.accuracy.low is None else one.accuracy.low for one in points]
     highs = [one.accuracy.value if one.accuracy.high is None else one.accuracy.high for one in points]
     colour = get_line_style(place).colour

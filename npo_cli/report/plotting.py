@@ -79,7 +79,7 @@ def plot_accuracy_curves(points: Sequence[CurvePoint], path: Path, title: str) -
     methods = list(dict.fromkeys(point.name for point in points))
     timed = {point.name for point in points if point.total_seconds > 0} == set(methods)
     axes = (*COST_AXES, SECONDS_AXIS) if timed else COST_AXES
-    with open_figure(path, title=title, height=4.6) as figure:
+    with open_figure(path, title=title, height=fit_height(4.6, len(methods), columns=METHOD_COLUMNS)) as figure:
         panels = figure.subplots(1, len(axes), sharey=True)
         for panel, (label, cost) in zip(panels, axes, strict=True):
             for place, method in enumerate(methods):
@@ -119,8 +119,27 @@ def add_method_legend(figure: "Figure", first: "Axes") -> None:
     first.set_ylabel("held-out accuracy")
     lines, names = first.get_legend_handles_labels()
     figure.legend(
-        lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6
+        lines,
+        names,
+        loc="outside lower center",
+        ncols=METHOD_COLUMNS,
+        frameon=False,
+        labelcolor="linecolor",
+        handlelength=2.6,
     )
+
+
+METHOD_COLUMNS = 4
+"""Of the legend below a wide figure."""
+MAX_CURVES = 8
+"""More of them hide each other: intervals are not drawn, and the legend of a small plot is below it."""
+LEGEND_ROW = 0.22
+"""Inches."""
+
+
+def fit_height(height: float, num_curves: int, *, columns: int) -> float:
+    """The height of a plot, with room for the rows of a long legend below it."""
+    return height + (LEGEND_ROW * -(-num_curves // columns) if num_curves > MAX_CURVES else 0.0)
 
 
 NEAR_ZERO = 0.35
@@ -191,7 +210,7 @@ def save_panels(plots: Sequence["Plot"], path: Path, *, title: str) -> None:
     """Several plots as the panels of one figure, two in a row; a wide plot alone."""
     columns = min(PANELS_PER_ROW, len(plots))
     rows = -(-len(plots) // columns)
-    height = plots[0].height if len(plots) == 1 else 0.4 + HEIGHT * rows
+    height = plots[0].height if len(plots) == 1 else 0.4 + max(plot.height for plot in plots) * rows
     with open_figure(path, title=title, height=max(height, 2.0)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for plot, panel in zip(plots, panels, strict=False):

@@ -1,6 +1,7 @@
 """`npo bench` over every method in one command: each runs to its end, and its bill is all that was sampled for it."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from npo_cli.config.locate import list_method_names
 from npo_cli.experiments.bench import format_method_name
+from npo_cli.experiments.bench_plan import MAIN
 from npo_cli.storage.bench_dir import load_bench_index
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import find_newest_branch, is_scout, list_branches
@@ -24,9 +26,10 @@ MICRO_METHODS = tuple(
 WITH_SCOUT = {"matched-distill-scout": 4, "matched-npo-scout": 4}
 """Steps of the scout."""
 WHOLE_GUIDE = ("guide.cache.prompts=all", "guide.cache.coverage=1", "guide.cache.min_yield=0")
+FORK_STEP = 20
 MICRO = (
     *(*TINY, *WHOLE_GUIDE, "train.num_steps=24", "task.pool_size=32", "task.heldout_size=8", "eval.every=4"),
-    *("guide.replay.at_step=20", "guide.replay.guide_step=22", "scout.num_steps=4"),
+    *(f"guide.replay.at_step={FORK_STEP}", "guide.replay.guide_step=22", "scout.num_steps=4"),
     *("autonpo.early.scout_steps=4", "autonpo.early.replay_steps=4"),
     *("autonpo.trigger.warmup_steps=4", "autonpo.trigger.window=2", "autonpo.trigger.patience=1"),
     *("autonpo.trigger.max_reward_gain_se=1000", "autonpo.trigger.min_entropy_drop=0"),
@@ -65,9 +68,16 @@ def check_rows(out: Path, methods: tuple[str, ...]) -> dict[str, dict]:
 
 
 def list_costs(root: Path) -> dict[str, int]:
-    """Sampled tokens of each branch and guide of a run, as their own files have them."""
+    """Sampled tokens of each branch and guide of a run, as their own files have them.
+
+    A replay without a guide needs nothing of what came after its fork.
+    """
     run = open_run(root)
-    costs = {name: sum(int(row["tokens"]) for row in read_metrics(run, name)) for name in list_branches(run)}
+    last = FORK_STEP if "controls-replay" in root.parts else math.inf
+    costs = {
+        name: sum(int(row["tokens"]) for row in read_metrics(run, name) if name != MAIN or row["step"] <= last)
+        for name in list_branches(run)
+    }
     costs |= {str(path): json.loads(path.read_text())["num_tokens"] for path in root.glob("guides/*/guide.json")}
     lines = [json.loads(line) for line in (root / "costs.jsonl").read_text().splitlines()]
     return costs | {"probes": sum(line.get("tokens", 0) for line in lines if line["kind"] == "probe")}

@@ -1,9 +1,13 @@
 """Curves of methods with their bands."""
 
 import re
+import warnings
 from pathlib import Path
 
-from npo_cli.report.curve_plots import AXIS_LABELS, plot_method_curves
+import pytest
+
+from npo_cli.report.curve_plots import AXIS_LABELS, make_method_plots, plot_method_curves
+from npo_cli.report.plotting import LEGEND_ROW, render_svg
 from npo_cli.types.comparison import AXES, CurveBandPoint, Estimate
 
 
@@ -40,3 +44,14 @@ def test_curve_plot_draws_many_methods_and_curves_without_interval(tmp_path):
     ]
     plot_method_curves(bare, tmp_path / "c.svg", "")
     assert {f"a{place}" for place in range(9)} <= set(labels(tmp_path / "c.svg"))
+
+
+def test_many_methods_have_no_bands_and_their_names_below_the_small_plot():
+    methods = [f"method-{place}" for place in range(38)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of matplotlib, about a panel without room
+        (few,) = make_method_plots([point for one in methods[:8] for point in band(one, axes=("step",))], prefix="")
+        (many,) = make_method_plots([point for one in methods for point in band(one, axes=("step",))], prefix="")
+        drawn = [render_svg(plot).decode() for plot in (few, many)]
+    assert [text.count('id="FillBetweenPolyCollection') for text in drawn] == [8, 0]
+    assert many.height - few.height == pytest.approx(19 * LEGEND_ROW)
