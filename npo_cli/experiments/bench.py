@@ -315,12 +315,17 @@ def _started(cell: BenchRun, command: Command, lock: int) -> BaseProcess:
 
 
 def _stop_all(running: Sequence[Job]) -> None:
-    """Every process finishes its step, saves and ends."""
+    """Every process finishes its step, saves and ends; at a second Ctrl-C it ends at once."""
     alive = [job.process for job in running if job.process is not None]
     for process in alive:
         process.terminate()
-    for process in alive:
-        process.join()
+    try:
+        for process in alive:
+            process.join()
+    except KeyboardInterrupt:
+        for process in alive:
+            process.terminate()
+        raise
 
 
 def _read_error(path: Path) -> str:

@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from npo_cli.errors import RunFailed
+
 PRELOADED = ("npo_cli.experiments.demo", "transformers.models.qwen3.modeling_qwen3")
 """The stages of every command, and the code of a model, which transformers imports late."""
 
@@ -34,8 +36,12 @@ def start_command(command: Sequence[str], *, log: Path, environment: Mapping[str
     held = Connection(os.dup(lock))  # which a new process can inherit
     process = context.Process(target=run_command, args=(tuple(command), str(log), dict(environment), held))
     with hold_environment(environment):  # the fork server's is that of the first command: threads are counted at import
-        process.start()
-    held.close()
+        try:
+            process.start()
+        except EOFError as error:  # of the fork server, killed for memory perhaps; the next start makes a new one
+            raise RunFailed("the process that starts the commands died", "repeat the command to continue") from error
+        finally:
+            held.close()
     return process
 
 

@@ -1,5 +1,6 @@
 """`npo bench` for real: processes, a stop in the middle, and the same command again."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -124,6 +125,31 @@ def test_bench_that_a_signal_ends_stops_its_runs_and_resumes_to_the_same_bytes(t
         check_last_hint(done.stderr.decode())
     for name in ("branches/main/metrics.jsonl", "branches/main/rollouts.jsonl"):
         assert file_digests(branches[0].parents[1])[name] == file_digests(tmp_path / "straight")[name]
+
+
+@pytest.mark.slow
+def test_bench_whose_fork_server_is_killed_says_so_and_resumes(tmp_path):
+    command = (*NPO, "bench", "micro", *SETTINGS, "train.num_steps=2", "--methods", "grpo", "--seeds", "1")
+    words = [*map(str, command), "--out", str(tmp_path)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    while (server := find_fork_server(process.pid)) is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(server, signal.SIGKILL)
+    assert "the process that starts the commands died" in process.communicate()[1].decode()
+    assert process.returncode == 1
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    assert commands_in(tmp_path) == ["train"]
+
+
+def find_fork_server(parent: int) -> int | None:
+    """The child of a bench from which its commands are forked."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            is_child = int(file.read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and b"multiprocessing.forkserver" in file.with_name("cmdline").read_bytes():
+                return int(file.parent.name)
+    return None
 
 
 def check_last_hint(stderr: str) -> None:
