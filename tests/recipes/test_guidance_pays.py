@@ -109,8 +109,8 @@ def test_a_pretrained_cell_has_its_own_recipe_and_scout(
     assert words[words.index("--methods") + 1] == f"grpo,{file},mistakes-first"
     settings = [word for word in words[2:] if SETTING.match(word)]
     loaded = load_recipe("smollm2-arithmetic", settings, method=str(file))
-    assert (loaded.scout.num_steps, loaded.train.lr, loaded.train.num_steps) == (16, 2e-5, 40)
-    assert "target.num_steps=8" in loaded.method.commands[-1]
+    assert (loaded.scout.num_steps, loaded.train.lr, loaded.train.num_steps) == (10, 2e-5, 28)
+    assert "target.num_steps=6" in loaded.method.commands[-1]
 
 
 def test_the_seeds_that_suggested_mistakes_first_do_not_confirm_it(recipe: ModuleType, tmp_path: Path) -> None:
