@@ -54,7 +54,7 @@ def run_command(command: Sequence[str], log: str, environment: Mapping[str, str]
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
-    print(f"$ npo {shlex.join(command)}", flush=True)
+    os.write(output, f"$ npo {shlex.join(command)}\n".encode())
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.argv = ["npo", *command]
     try:
